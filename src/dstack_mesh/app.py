@@ -1,0 +1,307 @@
+"""The sidecar: the only place where the parts are wired, started, drained and ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import uvloop
+
+from dstack_mesh import __version__, lifecycle, listen
+from dstack_mesh.dstack.agent import AgentClient
+from dstack_mesh.dstack.gateway import GatewayDirectory
+from dstack_mesh.identity.source import AgentSource, CredentialSource, FileSource
+from dstack_mesh.identity.store import IdentityStore, Snapshot
+from dstack_mesh.inbound.listener import TlsListener
+from dstack_mesh.inbound.terminator import InboundOptions, Terminator
+from dstack_mesh.log import event
+from dstack_mesh.ops.admin import Admin
+from dstack_mesh.ops.metrics import Metrics, Sample
+from dstack_mesh.ops.readiness import Readiness, backend_answers
+from dstack_mesh.outbound.proxy import OutboundOptions, OutboundProxy
+from dstack_mesh.relay.deadlines import NEVER, Timeouts
+from dstack_mesh.relay.exchange import Exchange
+from dstack_mesh.relay.pool import Pool
+from dstack_mesh.relay.service import Service
+from dstack_mesh.relay.worker import Worker
+from dstack_mesh.settings.load import Loaded
+from dstack_mesh.settings.tree import Settings, TlsSettings
+
+log = logging.getLogger(__name__)
+
+_ADMIN_CONNECTIONS = 256
+_TLS_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
+
+
+def run(loaded: Loaded, ready_file: Path | None) -> int:
+    """Run one sidecar until it is told to end; give the process's exit status."""
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_main(loaded.settings, ready_file))
+    except listen.ListenError as error:
+        print(f"dstack-mesh: {error}", file=sys.stderr)  # noqa: T201 - for the person who started it
+        return 1
+
+
+async def _main(settings: Settings, ready_file: Path | None) -> int:
+    sidecar = Sidecar(settings)
+    signals = lifecycle.Signals(asyncio.get_running_loop())
+    try:
+        await sidecar.start()
+        announced = asyncio.create_task(_announce(sidecar, ready_file))
+        try:
+            await signals.wait()
+        finally:
+            announced.cancel()
+            await asyncio.gather(announced, return_exceptions=True)
+        await sidecar.drain()
+    finally:
+        await sidecar.stop()
+        if ready_file is not None:
+            ready_file.unlink(missing_ok=True)
+    return signals.exit_status
+
+
+async def _announce(sidecar: Sidecar, ready_file: Path | None) -> None:
+    await sidecar.wait_open()
+    if ready_file is not None:
+        lifecycle.write_ready_file(ready_file, sidecar.bound())
+
+
+class Sidecar:
+    """Every part of one mesh, wired by its settings."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics(__version__)
+        self._agent = AgentClient(settings.dstack.agent)
+        self.identity = IdentityStore(
+            _source(settings.tls, self._agent),
+            lifetime=settings.tls.lifetime,
+            min_version=_TLS_VERSIONS[settings.tls.min_version],
+        )
+        self.directory = GatewayDirectory(
+            configured=settings.dstack.gateway_domain,
+            sys_config=Path(settings.dstack.sys_config),
+        )
+        self.worker = Worker(asyncio.get_running_loop(), _timeouts(settings))
+        self._pool = Pool(self.worker)
+        self._outbound = self._service("outbound")
+        self._inbound = self._service("inbound")
+        self._admin = Service(self.worker, "admin", max_connections=_ADMIN_CONNECTIONS)
+        self._proxy = self._make_proxy()
+        self._listener = self._make_listener()
+        self._draining = False
+        self._sockets: dict[str, listen.ListeningSocket] = {}
+        self._servers: dict[str, asyncio.Server] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self.identity.subscribe(self._renewed)
+        self._gauges()
+
+    # Wiring.
+
+    def _service(self, direction: str) -> Service:
+        limit = self.settings.max_connections
+        return Service(self.worker, direction, max_connections=limit, record=self._record)
+
+    def _make_proxy(self) -> OutboundProxy:
+        settings = self.settings
+        options = OutboundOptions(
+            default_port=settings.outbound.default_port,
+            expose_agent=settings.outbound.agent,
+            agent=settings.dstack.agent,
+            gateway_connect=settings.dstack.gateway_connect,
+            connect_timeout=settings.outbound.connect_timeout,
+        )
+        return OutboundProxy(self._pool, self.identity, self.directory, options)
+
+    def _make_listener(self) -> TlsListener | None:
+        """Make the inbound side; there is none without a backend."""
+        settings = self.settings
+        backend = settings.inbound.backend
+        if backend is None or settings.inbound.mode == "off" or settings.inbound.listen is None:
+            return None
+        options = InboundOptions(
+            backend=backend,
+            allow=settings.inbound.allow,
+            connect_timeout=settings.outbound.connect_timeout,
+        )
+        terminator = Terminator(self._pool, self.identity, options)
+        limit = settings.max_connections
+        return TlsListener(self._inbound, terminator, self.identity, limit)
+
+    def _make_admin(self) -> Admin:
+        settings = self.settings
+        backend = settings.inbound.backend if self._listener is not None else None
+        readiness = Readiness(
+            identity=self._identity_state,
+            gateway=self._gateway_state if settings.outbound.listen is not None else None,
+            backend=(lambda: backend_answers(backend)) if backend is not None else None,
+            draining=lambda: self._draining,
+        )
+        return Admin(readiness, self.metrics.text)
+
+    # Life.
+
+    async def start(self) -> None:
+        """Open the outbound and admin listeners at once; inbound waits for an identity.
+
+        Raises `ListenError`. All sockets are bound here, so that an address in use is told at once.
+        """
+        settings = self.settings
+        addresses = {"outbound": settings.outbound.listen, "admin": settings.admin.listen}
+        if self._listener is not None:
+            addresses["inbound"] = settings.inbound.listen
+        for name, address in addresses.items():
+            if address is not None:
+                self._sockets[name] = listen.bind(address)
+        await self._serve("outbound", lambda: self._outbound.protocol(self._proxy))
+        admin = self._make_admin()
+        await self._serve("admin", lambda: self._admin.protocol(admin))
+        loop = self.worker.loop
+        self._tasks = [
+            loop.create_task(self.identity.run()),
+            loop.create_task(self.directory.run()),
+        ]
+
+    async def wait_open(self) -> None:
+        """Open inbound once there is an identity; return when every listener is open."""
+        await self.identity.wait_loaded()
+        if self._listener is not None:
+            self._listener.start(self._sockets["inbound"])
+            self._say_listening("inbound")
+        event(log, logging.INFO, "ready", **self.bound())
+
+    def bound(self) -> dict[str, str | None]:
+        """Give the addresses actually bound, by listener."""
+        names = ("outbound", "inbound", "auth", "admin")
+        return {
+            name: str(listen.bound_address(self._sockets[name])) if name in self._sockets else None
+            for name in names
+        }
+
+    async def drain(self) -> None:
+        """Finish what is in flight, at the latest after `drain_timeout`.
+
+        Inbound first: what another app asked of this one may need the outbound side to be answered.
+        """
+        self._draining = True
+        event(log, logging.INFO, "draining", timeout=self.settings.drain_timeout)
+        try:
+            async with asyncio.timeout(self.settings.drain_timeout):
+                if self._listener is not None:
+                    await self._listener.stop()
+                    self._sockets["inbound"].close()
+                    await self._inbound.drain()
+                self._stop_serving("outbound")
+                await self._outbound.drain()
+        except TimeoutError:
+            event(
+                log,
+                logging.WARNING,
+                "drain_timeout",
+                inbound=len(self._inbound.connections),
+                outbound=len(self._outbound.connections),
+            )
+
+    async def stop(self) -> None:
+        """End everything at once."""
+        if self._listener is not None:
+            await self._listener.stop()
+            self._listener.abort()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for name in list(self._servers):
+            self._stop_serving(name)
+        for service in (self._outbound, self._inbound, self._admin):
+            service.abort()
+        self.worker.close()
+        for sock in self._sockets.values():
+            sock.close()
+            listen.unlink_if_ours(sock)
+        await self._agent.aclose()
+        event(log, logging.INFO, "stopped")
+
+    # What the parts tell each other.
+
+    async def _serve(self, name: str, protocol: Callable[[], asyncio.BaseProtocol]) -> None:
+        sock = self._sockets.get(name)
+        if sock is None:
+            return
+        loop = self.worker.loop
+        if sock.family == socket.AF_UNIX:
+            self._servers[name] = await loop.create_unix_server(protocol, sock=sock)
+        else:
+            self._servers[name] = await loop.create_server(protocol, sock=sock)
+        self._say_listening(name)
+
+    def _stop_serving(self, name: str) -> None:
+        server = self._servers.pop(name, None)
+        if server is not None:
+            server.close()
+
+    def _say_listening(self, name: str) -> None:
+        address = listen.bound_address(self._sockets[name])
+        event(log, logging.INFO, "listening", listener=name, address=str(address))
+
+    def _renewed(self, snapshot: Snapshot) -> None:
+        """Let connections made under the older identity go as they fall idle."""
+        self._pool.drain()
+
+    def _record(self, direction: str, exchange: Exchange) -> None:
+        self.metrics.record(direction, exchange, self.worker.loop.time() - exchange.started)
+
+    def _identity_state(self) -> tuple[bool, str]:
+        try:
+            snapshot = self.identity.require()
+        except Exception as error:
+            return False, str(error)
+        return True, f"app {snapshot.app_id}"
+
+    def _gateway_state(self) -> tuple[bool, str]:
+        if self.directory.current is None:
+            return False, self.directory.reason or "not known yet"
+        return True, str(self.directory.text)
+
+    def _gauges(self) -> None:
+        def connections() -> Iterable[Sample]:
+            for service in (self._outbound, self._inbound):
+                labels = {"direction": service.direction, "side": "downstream"}
+                yield "", labels, len(service.connections)
+
+        def pool() -> Iterable[Sample]:
+            idle = sum(1 for one in self.worker.upstreams if one.deadline is not NEVER)
+            yield "", {"state": "idle"}, idle
+            yield "", {"state": "active"}, len(self.worker.upstreams) - idle
+
+        def expiry() -> Iterable[Sample]:
+            current = self.identity.current
+            if current is not None:
+                yield "", {}, current.not_after
+
+        self.metrics.gauge("connections_open", "Open connections.", connections)
+        self.metrics.gauge("pool_connections", "Connections to upstreams.", pool)
+        self.metrics.gauge(
+            "identity_expiry_timestamp_seconds", "When our certificate expires.", expiry
+        )
+
+
+def _source(tls: TlsSettings, agent: AgentClient) -> CredentialSource:
+    if tls.cert_file is not None and tls.key_file is not None and tls.ca_file is not None:
+        return FileSource(Path(tls.cert_file), Path(tls.key_file), Path(tls.ca_file))
+    return AgentSource(agent, tls.lifetime)
+
+
+def _timeouts(settings: Settings) -> Timeouts:
+    return Timeouts(
+        head=settings.head_timeout,
+        idle=settings.idle_timeout,
+        response=settings.outbound.response_timeout or NEVER,
+        connect=settings.outbound.connect_timeout,
+    )

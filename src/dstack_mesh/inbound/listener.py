@@ -1,0 +1,87 @@
+"""Accepting TLS connections: limits before the handshake, and a time limit on it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+
+from dstack_mesh.identity.store import IdentityStore, Snapshot
+from dstack_mesh.identity.tls import accept_tls, describe_tls_failure
+from dstack_mesh.inbound.terminator import Terminator
+from dstack_mesh.log import event
+from dstack_mesh.relay.service import Service
+
+log = logging.getLogger(__name__)
+
+_ACCEPT_PAUSE = 0.2
+"""Seconds without accepting after the system had no descriptor left for another connection."""
+
+
+class TlsListener:
+    """Accepts on one socket, each handshake in a task of its own until it is done."""
+
+    def __init__(
+        self,
+        service: Service,
+        terminator: Terminator,
+        identity: IdentityStore,
+        max_connections: int,
+    ) -> None:
+        self._service = service
+        self._terminator = terminator
+        self._identity = identity
+        self._max_connections = max_connections
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._accepting: asyncio.Task[None] | None = None
+
+    def start(self, sock: socket.socket) -> None:
+        """Begin to accept on a listening, non-blocking socket."""
+        loop = self._service.worker.loop
+        self._accepting = loop.create_task(self._accept(sock))
+
+    async def stop(self) -> None:
+        """Stop accepting; handshakes in progress go on. The socket stays the caller's."""
+        if self._accepting is not None:
+            self._accepting.cancel()
+            await asyncio.gather(self._accepting, return_exceptions=True)
+
+    def abort(self) -> None:
+        """Give up the handshakes in progress."""
+        for task in self._handshakes:
+            task.cancel()
+
+    async def _accept(self, sock: socket.socket) -> None:
+        loop = self._service.worker.loop
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(sock)
+            except OSError as error:
+                event(log, logging.WARNING, "accept_failed", error=str(error))
+                await asyncio.sleep(_ACCEPT_PAUSE)
+                continue
+            snapshot = self._identity.current
+            open_now = len(self._service.connections) + len(self._handshakes)
+            if snapshot is None or open_now >= self._max_connections:
+                accepted.close()
+                continue
+            task = loop.create_task(self._serve(accepted, snapshot))
+            self._handshakes.add(task)
+            task.add_done_callback(self._handshakes.discard)
+
+    async def _serve(self, accepted: socket.socket, snapshot: Snapshot) -> None:
+        worker = self._service.worker
+        handler = self._terminator.handler(snapshot)
+        try:
+            await accept_tls(
+                worker.loop,
+                accepted,
+                lambda: self._service.protocol(handler),
+                snapshot.server_context,
+                worker.timeouts.head,
+            )
+        except (OSError, ssl.SSLError, TimeoutError) as error:
+            event(
+                log, logging.DEBUG, "inbound_handshake_failed", reason=describe_tls_failure(error)
+            )

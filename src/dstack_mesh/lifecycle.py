@@ -1,0 +1,48 @@
+"""The process's side of a sidecar's life: signals, exit status, ready file."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+
+_EXIT_STATUS = {signal.SIGTERM: 0, signal.SIGINT: 130}
+_EXIT_STATUS_AT_ONCE = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+class Signals:
+    """SIGTERM and SIGINT: the first asks for an orderly end, a second one ends at once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._asked = asyncio.Event()
+        self.exit_status = 0
+        """0 after SIGTERM, 130 after SIGINT."""
+        for number in _EXIT_STATUS:
+            loop.add_signal_handler(number, self._received, number)
+
+    async def wait(self) -> None:
+        """Return at the first signal."""
+        await self._asked.wait()
+
+    def _received(self, number: signal.Signals) -> None:
+        if self._asked.is_set():
+            os._exit(_EXIT_STATUS_AT_ONCE[number])
+        self.exit_status = _EXIT_STATUS[number]
+        self._asked.set()
+
+
+def write_ready_file(path: Path, bound: Mapping[str, str | None]) -> None:
+    """Write the bound addresses and the process id as JSON, so that a reader sees all or nothing.
+
+    Raises OSError.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(json.dumps({**bound, "pid": os.getpid()}) + "\n")
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise

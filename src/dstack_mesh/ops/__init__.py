@@ -1,0 +1,1 @@
+"""Operating the mesh: logs, readiness, the admin listener."""

@@ -1,0 +1,1 @@
+"""Who may call: pure decisions over verified identities."""

@@ -1,0 +1,1 @@
+"""The message pump: one exchange after another between two connections, with backpressure."""

@@ -1,0 +1,343 @@
+"""A client's connection: finds heads in its bytes and runs one exchange after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import Coroutine
+from typing import Generic, Protocol, TypeVar, cast
+
+from dstack_mesh.errors import BadRequest, HeaderTooLarge, MeshError, Overloaded, UriTooLong
+from dstack_mesh.relay.answers import Answer, find_request_id, problem
+from dstack_mesh.relay.deadlines import NEVER
+from dstack_mesh.relay.exchange import Exchange, Route
+from dstack_mesh.relay.worker import Worker
+from dstack_mesh.wire.body import Bytes
+from dstack_mesh.wire.fields import is_token
+from dstack_mesh.wire.limits import MAX_HEAD_BYTES, MAX_REQUEST_TARGET_BYTES
+from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_line
+
+_WRITE_HIGH_WATER = 128 * 1024
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+
+class Plan(Protocol):
+    """What a handler made of a request's field lines."""
+
+    @property
+    def fields(self) -> RequestFields:
+        """The fields as parsed."""
+        ...
+
+
+P = TypeVar("P", bound=Plan)
+
+
+class Handler(Protocol[P]):
+    """Decides what becomes of the requests of one connection."""
+
+    def connected(self, transport: asyncio.Transport) -> None:
+        """Learn of the connection, once its TLS handshake is done where it has one."""
+        ...
+
+    def plan(self, line: RequestLine, block: bytes) -> P:
+        """Understand a head. Raises `BadRequest` or `HeaderTooLarge`, which ends the connection."""
+        ...
+
+    def route(self, line: RequestLine, plan: P) -> Route | Answer | Coroutine[None, None, Answer]:
+        """Decide where the request goes, or answer it, now or later. Raises a `MeshError`."""
+        ...
+
+    def may_persist(self) -> bool:
+        """Tell whether the connection may carry another request after this one."""
+        ...
+
+
+class Listener(Protocol):
+    """The listener that accepted a connection."""
+
+    worker: Worker
+    draining: bool
+
+    def opened(self, connection: Connection) -> bool:
+        """Enter a connection in the books; `False` when there is no room for it."""
+        ...
+
+    def closed(self, connection: Connection) -> None:
+        """Take a connection off the books."""
+        ...
+
+    def record(self, exchange: Exchange) -> None:
+        """Record an exchange that has ended."""
+        ...
+
+
+class Connection(Protocol):
+    """What a listener needs of its connections."""
+
+    def drain(self) -> None:
+        """Close now if idle, else after the exchange in progress."""
+        ...
+
+    def cut(self) -> None:
+        """End the connection at once."""
+        ...
+
+
+class Downstream(asyncio.BufferedProtocol, Generic[P]):
+    """The server's end of one HTTP/1.1 connection."""
+
+    __slots__ = (
+        "_exchange",
+        "_handler",
+        "_head_started",
+        "_lingering",
+        "_listener",
+        "_paused",
+        "_pending",
+        "_saw_eof",
+        "_tunnel",
+        "deadline",
+        "transport",
+        "worker",
+        "writable",
+    )
+
+    def __init__(self, listener: Listener, handler: Handler[P]) -> None:
+        self.worker = listener.worker
+        self.transport: asyncio.Transport
+        self.deadline = NEVER
+        self.writable = True
+        self._listener = listener
+        self._handler = handler
+        self._exchange: Exchange | None = None
+        self._pending = b""
+        self._head_started = False
+        self._paused = False
+        self._lingering = False
+        self._tunnel = False
+        self._saw_eof = False
+
+    # What asyncio calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.BaseProtocol`."""
+
+        self.transport = cast("asyncio.Transport", transport)
+        self.transport.set_write_buffer_limits(high=_WRITE_HIGH_WATER)
+        self.worker.deadlines.watch(self)
+        if not self._listener.opened(self):
+            self._refuse(Overloaded("the limit on connections is reached (MESH_MAX_CONNECTIONS)"))
+            return
+        self._handler.connected(self.transport)
+        self.deadline = self.worker.loop.time() + self.worker.timeouts.idle
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Lend the worker's read buffer."""
+        return self.worker.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take what was read."""
+        exchange = self._exchange
+        if exchange is not None:
+            exchange.request_data(self.worker.buffer[:nbytes])
+        elif not self._lingering:
+            self._head_data(bytes(self.worker.buffer[:nbytes]))
+
+    def eof_received(self) -> bool:
+        """Let a client that has only finished sending get its answer (plain TCP)."""
+        self._saw_eof = True
+        exchange = self._exchange
+        return exchange is not None and exchange.request_done and not self._tunnel
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let go of the exchange."""
+        self.worker.deadlines.unwatch(self)
+        self._listener.closed(self)
+        if self._exchange is not None:
+            self._exchange.client_lost()
+
+    def pause_writing(self) -> None:
+        """Pause the response's source."""
+        self.writable = False
+        if self._exchange is not None:
+            self._exchange.client_writable(False)
+
+    def resume_writing(self) -> None:
+        """Let the response's source, or the next request, go on."""
+        self.writable = True
+        if self._exchange is not None:
+            self._exchange.client_writable(True)
+        elif self._pending:
+            self.worker.loop.call_soon(self._next)
+        else:
+            self.resume_reading()
+
+    # What the sweep and the listener call.
+
+    def expire(self, now: float) -> None:
+        """Act on the deadline of whatever is being waited for."""
+        self.deadline = NEVER
+        if self._exchange is not None:
+            self._exchange.timed_out()
+        else:
+            self.transport.abort()
+
+    def drain(self) -> None:
+        """See `Connection`."""
+        if self._exchange is None and not self._head_started and not self._lingering:
+            self.transport.close()
+
+    # Heads.
+
+    def _head_data(self, data: bytes) -> None:
+        if self._pending:
+            data = self._pending + data
+            self._pending = b""
+        while data.startswith(b"\r\n"):
+            data = data[2:]  # RFC 9112 2.2: empty lines before a request line are passed over
+        end = data.find(b"\r\n\r\n")
+        try:
+            if end < 0 or end > MAX_HEAD_BYTES - 4:
+                self._incomplete(data)
+            else:
+                self._begin(data, end)
+        except MeshError as error:
+            self._refuse(error, find_request_id(data))
+
+    def _incomplete(self, data: bytes) -> None:
+        """Wait for the rest of a head, unless what is there can never become one."""
+        if not self._head_started and data:
+            self._head_started = True
+            self.deadline = self.worker.loop.time() + self.worker.timeouts.head
+        if data.count(b"\n") != data.count(b"\r\n"):
+            raise BadRequest("the head has a line that ends in a bare LF")
+        line, ended, _ = data.partition(b"\r\n")
+        if ended:
+            parse_request_line(line)
+        elif data and not is_token(data.partition(b" ")[0]):
+            raise BadRequest("what came is not HTTP/1.1; is it TLS, sent to a plain listener?")
+        elif len(data) > MAX_REQUEST_TARGET_BYTES + 1024:
+            raise UriTooLong(f"the request target is over {MAX_REQUEST_TARGET_BYTES} bytes")
+        if len(data) > MAX_HEAD_BYTES:
+            raise HeaderTooLarge(f"the head is over {MAX_HEAD_BYTES} bytes")
+        self._pending = data
+
+    def _begin(self, data: bytes, end: int) -> None:
+        eol = data.find(b"\r\n")
+        line = parse_request_line(data[:eol])
+        plan = self._handler.plan(line, data[eol + 2 : end + 2])
+        self._head_started = False
+        self.deadline = NEVER
+        exchange = self._exchange = Exchange(self, line, plan.fields)
+        try:
+            route = self._handler.route(line, plan)
+        except MeshError as error:
+            route = problem(error, plan.fields.request_id.decode("latin-1"))
+        rest = data[end + 4 :]
+        if isinstance(route, Route):
+            exchange.start(route, rest)
+            return
+        if rest and exchange.request_done:
+            self.keep_for_later(rest)
+        if isinstance(route, Answer):
+            exchange.answer(route)
+        else:
+            exchange.answer_later(route)
+
+    def _next(self) -> None:
+        """Look for a request in what was kept."""
+        if self._exchange is None and not self._lingering and not self.transport.is_closing():
+            data, self._pending = self._pending, b""
+            if data:
+                self._head_data(data)
+            if self._exchange is None:
+                self.resume_reading()
+
+    # What the exchange calls: see `exchange.Client`.
+
+    def write(self, data: bytes) -> None:
+        """Send to the client."""
+        if not self.transport.is_closing():
+            self.transport.write(data)
+
+    def pause_reading(self) -> None:
+        """Stop reading."""
+        if not self._paused and not self.transport.is_closing():
+            self._paused = True
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read on, unless bytes for later are held already."""
+        if self._paused and not self._pending and not self.transport.is_closing():
+            self._paused = False
+            self.transport.resume_reading()
+
+    def keep_for_later(self, data: Bytes) -> None:
+        """Hold bytes behind the request's end, and no more than one read's worth of them."""
+        self._pending += data
+        self.pause_reading()
+
+    def begin_tunnel(self) -> bytes:
+        """Hand over what was held."""
+        self._tunnel = True
+        kept, self._pending = self._pending, b""
+        self.resume_reading()
+        return kept
+
+    def may_persist(self) -> bool:
+        """Tell whether another request is welcome."""
+        return not (self._listener.draining or self._saw_eof) and self._handler.may_persist()
+
+    def exchange_ended(self, exchange: Exchange, keep: bool) -> None:
+        """Record the exchange; go on with the next request, or close."""
+        self._exchange = None
+        self._listener.record(exchange)
+        if self.transport.is_closing():
+            return
+        if keep and not self._listener.draining:
+            self.deadline = self.worker.loop.time() + self.worker.timeouts.idle
+            if self.writable:
+                if self._pending:
+                    # Not from here: a client that pipelines would make this call itself.
+                    self.worker.loop.call_soon(self._next)
+                elif self._paused:
+                    self.resume_reading()
+            else:
+                self.pause_reading()
+        elif exchange.request_done or self._saw_eof:
+            self.transport.close()
+        else:
+            self._linger()
+
+    def cut(self) -> None:
+        """End the connection with a reset: a FIN could pass for a response's end."""
+        if not self.transport.is_closing():
+            sock = self.transport.get_extra_info("socket")
+            if sock is not None:
+                with contextlib.suppress(OSError):
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            self.transport.abort()
+
+    # Refusing.
+
+    def _refuse(self, error: MeshError, request_id: bytes = b"") -> None:
+        """Answer what could not be understood as a request, and close."""
+        answer = problem(error, request_id.decode("latin-1"))
+        self.write(answer.render(b"", b"Connection: close\r\n"))
+        self._linger()
+
+    def _linger(self) -> None:
+        """Close once the client has had the time to read its answer.
+
+        A socket closed with bytes unread sends a reset, which can destroy an answer under way
+        (RFC 9112 9.6).
+        """
+        self._lingering = True
+        self._pending = b""
+        self.deadline = self.worker.loop.time() + self.worker.timeouts.linger
+        self.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()

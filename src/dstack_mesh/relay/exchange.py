@@ -1,0 +1,400 @@
+"""One request and its response: the way from a client's connection to an upstream's and back.
+
+    start -> (connect) -> request head -> request body .. response head -> response body -> finish
+
+Both bodies stream at once. Whoever reads faster than the other side can write is paused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Protocol
+
+from dstack_mesh.errors import BadRequest, ConnectFailed, MeshError, ResponseTimeout
+from dstack_mesh.log import event
+from dstack_mesh.model import PeerIdentity
+from dstack_mesh.relay.answers import Answer, problem
+from dstack_mesh.relay.deadlines import NEVER
+from dstack_mesh.relay.upstream import Lane, Upstream
+from dstack_mesh.relay.worker import Worker
+from dstack_mesh.wire.body import Bytes
+from dstack_mesh.wire.fields import MalformedError
+from dstack_mesh.wire.framing import Framing
+from dstack_mesh.wire.request import RequestFields, RequestLine
+from dstack_mesh.wire.translate import RequestBody, Response, ResponseRules
+
+log = logging.getLogger(__name__)
+
+_IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
+"""RFC 9110 9.2.2."""
+
+
+class Route:
+    """Where a request goes and how it is to look there."""
+
+    __slots__ = ("head", "lane", "remove_trailers", "rules")
+
+    def __init__(
+        self, lane: Lane, head: bytes, rules: ResponseRules, remove_trailers: frozenset[bytes]
+    ) -> None:
+        self.lane = lane
+        self.head = head
+        """The complete head to send, blank line included."""
+        self.rules = rules
+        self.remove_trailers = remove_trailers
+
+
+class Client(Protocol):
+    """The client's connection, as its exchange sees it."""
+
+    worker: Worker
+    deadline: float
+    writable: bool
+
+    def write(self, data: bytes) -> None:
+        """Send to the client."""
+        ...
+
+    def pause_reading(self) -> None:
+        """Stop reading, so that what the client sends waits in its socket."""
+        ...
+
+    def resume_reading(self) -> None:
+        """Read on."""
+        ...
+
+    def keep_for_later(self, data: Bytes) -> None:
+        """Take bytes behind the request's end."""
+        ...
+
+    def begin_tunnel(self) -> bytes:
+        """Give the bytes kept for later: they belong to the new protocol."""
+        ...
+
+    def may_persist(self) -> bool:
+        """Tell whether the listener wants another request on this connection."""
+        ...
+
+    def exchange_ended(self, exchange: Exchange, keep: bool) -> None:
+        """Go on with the next request, or close."""
+        ...
+
+    def cut(self) -> None:
+        """End the connection so that the client sees its response as incomplete."""
+        ...
+
+
+class Exchange:
+    """See the module. Recorded once, when it has ended."""
+
+    __slots__ = (
+        "_body",
+        "_client",
+        "_early",
+        "_response",
+        "_retried",
+        "_route",
+        "_task",
+        "bytes_down",
+        "bytes_up",
+        "code",
+        "ended",
+        "fields",
+        "line",
+        "peer",
+        "request_done",
+        "started",
+        "status",
+        "upstream",
+    )
+
+    def __init__(self, client: Client, line: RequestLine, fields: RequestFields) -> None:
+        self._client = client
+        self.line = line
+        self.fields = fields
+        self.started = client.worker.loop.time()
+        self.request_done = fields.framing is Framing.NONE
+        self.ended = False
+        self.status = 0
+        self.code = ""
+        """The mesh's own error code, or empty."""
+        self.peer: PeerIdentity | None = None
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self.upstream: Upstream | None = None
+        self._route: Route
+        self._response: Response | None = None
+        self._body: RequestBody | None = None
+        self._early = b""
+        self._retried = False
+        self._task: asyncio.Task[None] | None = None
+
+    # The request's way up.
+
+    def start(self, route: Route, rest: bytes) -> None:
+        """Send the request on its way; `rest` is what was read behind its head."""
+        self._route = route
+        self._early = rest
+        if not self.request_done:
+            self._body = RequestBody(self.fields, route.remove_trailers)
+        upstream = route.lane.take()
+        if upstream is not None:
+            self._attach(upstream)
+        else:
+            self._connect()
+
+    def request_data(self, data: memoryview) -> None:
+        """Take what the client sent after its head."""
+        if self.upstream is None and not self.request_done:
+            self._early += data
+            self._client.pause_reading()
+        elif self.upstream is not None and self._response is not None and self._response.switched:
+            self.bytes_up += len(data)
+            self.upstream.write(bytes(data))
+        elif self.request_done:
+            self._client.keep_for_later(data)
+        else:
+            self._send_body(data, b"")
+
+    def _connect(self) -> None:
+        self._task = self._client.worker.loop.create_task(self._connect_then_attach())
+
+    async def _connect_then_attach(self) -> None:
+        lane = self._route.lane
+        try:
+            upstream = await lane.connector.connect(lane)
+        except MeshError as error:
+            if not self.ended:
+                self.fail(error)
+        except Exception as error:
+            event(log, logging.ERROR, "connect_fault", error=repr(error))
+            if not self.ended:
+                self.fail(ConnectFailed("the connection could not be opened; see the log"))
+        else:
+            if self.ended:
+                lane.release(upstream)
+            else:
+                self._attach(upstream)
+
+    def _attach(self, upstream: Upstream) -> None:
+        """Send the head, and what is there of the body, on a connection that is ready."""
+        line = self.line
+        self.upstream = upstream
+        self.peer = upstream.peer
+        upstream.exchange = self
+        self._response = Response(line.method, line.minor, self.fields.upgrade, self._route.rules)
+        early, self._early = self._early, b""
+        if self.request_done:
+            upstream.write(self._route.head)
+            self._request_ended()
+            if early:
+                self._client.keep_for_later(early)
+            return
+        self._send_body(early, self._route.head)
+        if not self.ended and upstream.writable:
+            self._client.resume_reading()
+
+    def _send_body(self, data: Bytes, head: bytes) -> None:
+        assert self._body is not None  # noqa: S101 - there is one until the request is done
+        assert self.upstream is not None  # noqa: S101 - callers have looked
+        try:
+            out, taken = self._body.feed(data)
+        except MalformedError as error:
+            self.fail(BadRequest(f"the request's body has {error}"))
+            return
+        self.bytes_up += len(out)
+        self.upstream.write(head + out if head else out)
+        if self._body.done:
+            self.request_done = True
+            self._request_ended()
+            if taken < len(data):
+                self._client.keep_for_later(data[taken:])
+
+    def _request_ended(self) -> None:
+        worker = self._client.worker
+        if self._response is None or not self._response.status:
+            self._client.deadline = worker.loop.time() + worker.timeouts.response
+
+    # The response's way down.
+
+    def response_data(self, data: memoryview) -> None:
+        """Take what the upstream sent."""
+        response = self._response
+        assert response is not None  # noqa: S101 - made when the upstream was attached
+        if response.switched:
+            self.bytes_down += len(data)
+            self._client.write(bytes(data))
+            return
+        first = not response.status
+        if first:
+            response.keep_client = self._may_persist()
+        try:
+            out = response.feed(data)
+        except MeshError as error:
+            self.fail(error)
+            return
+        self.bytes_down += len(out)
+        if out:
+            self._client.write(out)
+        if first:
+            self._first_answer(response)
+        if response.done:
+            self._finish(response)
+        elif first and response.status == 101:
+            self._tunnel()
+
+    def _first_answer(self, response: Response) -> None:
+        """Stop waiting for the response, or wait anew behind an interim one."""
+        self._client.deadline = NEVER
+        self.status = response.status
+        if self.status == 0 and self.request_done:
+            self._request_ended()
+
+    def _may_persist(self) -> bool:
+        return (
+            self.request_done
+            and self.fields.persists(self.line.minor)
+            and self._client.may_persist()
+        )
+
+    def _tunnel(self) -> None:
+        assert self.upstream is not None  # noqa: S101 - its 101 has just come
+        kept = self._client.begin_tunnel()
+        if kept:
+            self.bytes_up += len(kept)
+            self.upstream.write(kept)
+
+    def upstream_lost(self, upstream: Upstream, exc: Exception | None) -> None:
+        """See `ResponseSink`."""
+        self.upstream = None
+        response = self._response
+        assert response is not None  # noqa: S101 - made when the upstream was attached
+        if response.switched:
+            self._end(keep=False)
+            return
+        if response.status:
+            tail = response.end(upstream.clean_end and exc is None)
+            if tail is None:
+                self.code = "upstream_closed"
+                self._cut()
+                return
+            self._client.write(tail)
+            self._finish(response)
+        elif self._may_retry(upstream, response):
+            self._retried = True
+            self._client.deadline = NEVER
+            self._connect()
+        else:
+            self.fail(self._route.lane.connector.lost(exc))
+
+    def _may_retry(self, upstream: Upstream, response: Response) -> bool:
+        # An idle connection may be closed by its peer just as it is used. RFC 9110 9.2.2 lets a
+        # proxy repeat only what is idempotent; a body is not kept, so only without one.
+        return (
+            upstream.reused
+            and not self._retried
+            and not response.touched
+            and self._body is None
+            and self.line.method in _IDEMPOTENT
+        )
+
+    # The end.
+
+    def answer(self, answer: Answer) -> None:
+        """Answer from the mesh itself."""
+        self.status = answer.status
+        self.code = answer.code
+        keep = self._may_persist()
+        if not keep:
+            connection = b"Connection: close\r\n"
+        elif self.line.minor == 0:
+            connection = b"Connection: keep-alive\r\n"
+        else:
+            connection = b""
+        out = answer.render(self.line.method, connection)
+        self.bytes_down += len(out)
+        self._client.write(out)
+        early, self._early = self._early, b""
+        if keep and early:
+            self._client.keep_for_later(early)
+        self._end(keep=keep)
+
+    def answer_later(self, answer: Coroutine[None, None, Answer]) -> None:
+        """Answer with what `answer` gives, for what cannot be told at once."""
+
+        async def wait() -> None:
+            given = await answer
+            if not self.ended:
+                self.answer(given)
+
+        self._task = self._client.worker.loop.create_task(wait())
+
+    def fail(self, error: MeshError) -> None:
+        """Answer with `error`, or cut the connection where an answer is no longer possible."""
+        if self._response is not None and self._response.status:
+            self.code = error.code
+            self._cut()
+            return
+        self._drop_upstream()
+        self.answer(problem(error, self.fields.request_id.decode("latin-1")))
+
+    def timed_out(self) -> None:
+        """Fail for want of a response."""
+        seconds = self._client.worker.timeouts.response
+        self.fail(
+            ResponseTimeout(
+                f"no response began within {seconds:g} s of the request's end "
+                "(MESH_RESPONSE_TIMEOUT)"
+            )
+        )
+
+    def client_lost(self) -> None:
+        """Let go of everything: the client's connection is gone."""
+        if not self.ended:
+            self._drop_upstream()
+            self._end(keep=False)
+
+    def client_writable(self, writable: bool) -> None:
+        """Pause or resume the response's source."""
+        if self.upstream is not None:
+            if writable:
+                self.upstream.transport.resume_reading()
+            else:
+                self.upstream.transport.pause_reading()
+
+    def upstream_writable(self, writable: bool) -> None:
+        """See `ResponseSink`."""
+        if writable:
+            self._client.resume_reading()
+        else:
+            self._client.pause_reading()
+
+    def _finish(self, response: Response) -> None:
+        upstream, self.upstream = self.upstream, None
+        if upstream is not None:
+            upstream.exchange = None
+            if response.keep_upstream and self.request_done:
+                if not self._client.writable:
+                    upstream.transport.resume_reading()
+                self._route.lane.release(upstream)
+            else:
+                upstream.transport.abort()
+        self._end(keep=response.keep_client)
+
+    def _cut(self) -> None:
+        self._drop_upstream()
+        self._client.cut()
+        self._end(keep=False)
+
+    def _drop_upstream(self) -> None:
+        upstream, self.upstream = self.upstream, None
+        if upstream is not None:
+            upstream.exchange = None
+            upstream.transport.abort()
+
+    def _end(self, *, keep: bool) -> None:
+        if not self.ended:
+            self.ended = True
+            self._client.exchange_ended(self, keep)

@@ -1,0 +1,206 @@
+"""Connections to where requests go, and the idle ones of each destination."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Protocol, cast
+
+from dstack_mesh.errors import MeshError
+from dstack_mesh.model import PeerIdentity
+from dstack_mesh.relay.deadlines import NEVER
+from dstack_mesh.relay.worker import Worker
+
+_WRITE_HIGH_WATER = 128 * 1024
+"""Bytes a transport may hold before its source is paused."""
+
+
+class ResponseSink(Protocol):
+    """What an upstream connection tells the exchange that it carries."""
+
+    def response_data(self, data: memoryview) -> None:
+        """Take what was read; `data` is valid during the call only."""
+        ...
+
+    def upstream_lost(self, upstream: Upstream, exc: Exception | None) -> None:
+        """Learn that the connection is gone; `upstream.clean_end` tells how."""
+        ...
+
+    def upstream_writable(self, writable: bool) -> None:
+        """Pause or resume the request's source."""
+        ...
+
+
+class Connector(Protocol):
+    """Opens connections to one destination, ready to carry requests."""
+
+    async def connect(self, lane: Lane) -> Upstream:
+        """Open a connection; for a mesh target, verified. Raises a `MeshError`."""
+        ...
+
+    def lost(self, exc: Exception | None) -> MeshError:
+        """Name the error of a connection that ended before a response began."""
+        ...
+
+    def generation(self) -> int:
+        """Give the number that a connection must have been made under to be used again."""
+        ...
+
+
+class Upstream(asyncio.BufferedProtocol):
+    """The client's end of one HTTP/1.1 connection. Carries one exchange at a time."""
+
+    __slots__ = (
+        "clean_end",
+        "deadline",
+        "exchange",
+        "expires_at",
+        "generation",
+        "lane",
+        "not_after",
+        "peer",
+        "reused",
+        "transport",
+        "writable",
+    )
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+        self.transport: asyncio.Transport
+        self.exchange: ResponseSink | None = None
+        self.writable = True
+        self.clean_end = False
+        """Whether the peer ended the connection in order: FIN, or TLS's close-notify."""
+        self.reused = False
+        self.deadline = NEVER
+        self.expires_at = NEVER
+        self.not_after = NEVER
+        """Seconds since 1970 at which the peer's identity ends."""
+        self.peer: PeerIdentity | None = None
+        self.generation = 0
+
+    def admit(self, peer: PeerIdentity | None, generation: int) -> None:
+        """Declare the connection ready for requests, its peer verified where it has one."""
+        self.peer = peer
+        self.generation = generation
+        if peer is not None:
+            self.not_after = peer.not_after
+        self.lane.worker.admit_upstream(self)
+
+    def usable(self, now: float, generation: int) -> bool:
+        """Tell whether the pooled connection may carry another request."""
+        return (
+            self.generation == generation
+            and now < self.expires_at
+            and not self.transport.is_closing()
+            and (self.not_after is NEVER or time.time() < self.not_after)
+        )
+
+    def write(self, data: bytes) -> None:
+        """Send to the server; nothing once the connection is on its way out."""
+        if not self.transport.is_closing():
+            self.transport.write(data)
+
+    # What asyncio calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.BaseProtocol`."""
+
+        self.transport = cast("asyncio.Transport", transport)
+        self.transport.set_write_buffer_limits(high=_WRITE_HIGH_WATER)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Lend the worker's read buffer."""
+        return self.lane.worker.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Hand what was read to the exchange; bytes nobody asked for end the connection."""
+        exchange = self.exchange
+        if exchange is None:
+            self.transport.abort()
+        else:
+            exchange.response_data(self.lane.worker.buffer[:nbytes])
+
+    def eof_received(self) -> bool:
+        """Note the orderly end; the transport closes itself."""
+        self.clean_end = True
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the exchange, or leave the pool."""
+        self.lane.forget(self)
+        exchange = self.exchange
+        if exchange is not None:
+            self.exchange = None
+            exchange.upstream_lost(self, exc)
+
+    def pause_writing(self) -> None:
+        """Pause the request's source."""
+        self.writable = False
+        if self.exchange is not None:
+            self.exchange.upstream_writable(False)
+
+    def resume_writing(self) -> None:
+        """Let the request's source go on."""
+        self.writable = True
+        if self.exchange is not None:
+            self.exchange.upstream_writable(True)
+
+    # What the sweep calls.
+
+    def expire(self, now: float) -> None:
+        """Close a connection that was idle for too long."""
+        self.deadline = NEVER
+        if self.exchange is None:
+            self.transport.close()
+
+
+class Lane:
+    """The connections to one destination: most recently used first."""
+
+    __slots__ = ("__weakref__", "connector", "idle", "worker")
+
+    def __init__(self, worker: Worker, connector: Connector) -> None:
+        self.worker = worker
+        self.connector = connector
+        self.idle: list[Upstream] = []
+
+    def take(self) -> Upstream | None:
+        """Give an idle connection that may be used, if there is one."""
+        idle = self.idle
+        if not idle:
+            return None
+        now = self.worker.loop.time()
+        generation = self.connector.generation()
+        while idle:
+            upstream = idle.pop()
+            upstream.deadline = NEVER
+            if upstream.usable(now, generation):
+                upstream.reused = True
+                return upstream
+            upstream.transport.close()
+        return None
+
+    def release(self, upstream: Upstream) -> None:
+        """Take back a connection whose exchange ended well."""
+        now = self.worker.loop.time()
+        if upstream.usable(now, self.connector.generation()):
+            upstream.deadline = min(now + self.worker.upstream_idle, upstream.expires_at)
+            self.idle.append(upstream)
+        else:
+            upstream.transport.close()
+
+    def forget(self, upstream: Upstream) -> None:
+        """Drop a connection that is gone."""
+        self.worker.forget_upstream(upstream)
+        if upstream.exchange is None and upstream in self.idle:
+            self.idle.remove(upstream)
+
+    def drain(self) -> None:
+        """Close the idle connections that may not be used any more."""
+        now = self.worker.loop.time()
+        generation = self.connector.generation()
+        stale = [one for one in self.idle if not one.usable(now, generation)]
+        for one in stale:
+            self.idle.remove(one)
+            one.transport.close()

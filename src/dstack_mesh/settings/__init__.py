@@ -1,0 +1,1 @@
+"""Settings: flags, environment and TOML file become one frozen tree, each value with its source."""

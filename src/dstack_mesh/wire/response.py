@@ -1,0 +1,131 @@
+"""Response heads: from bytes to what is understood of them, and the bytes that go on."""
+
+from __future__ import annotations
+
+import re
+
+from dstack_mesh.errors import UpstreamProtocolError
+from dstack_mesh.wire.fields import (
+    HOP_BY_HOP,
+    Field,
+    MalformedError,
+    likeness,
+    list_members,
+    parse_fields,
+    serialise,
+)
+from dstack_mesh.wire.framing import (
+    Framing,
+    connection_options,
+    declared_framing,
+    persists,
+)
+
+# RFC 9112 section 4; the space before an absent reason may be missing, as many servers have it.
+_status_line = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*+))?").fullmatch
+
+
+class StatusLine:
+    """The first line of a response. Never changed once made."""
+
+    __slots__ = ("minor", "rest", "status")
+
+    def __init__(self, minor: int, status: int, rest: bytes) -> None:
+        self.minor = minor
+        """0 or 1: the digit after `HTTP/1.`."""
+        self.status = status
+        self.rest = rest
+        """Status code, space and reason, as they go on."""
+
+
+class ResponseFields:
+    """What a response's field lines say, whatever its status is. Never changed once made."""
+
+    __slots__ = ("_options", "declared", "forwarded", "length", "removed", "upgrade")
+
+    def __init__(
+        self,
+        *,
+        forwarded: bytes,
+        declared: Framing | None,
+        length: int,
+        options: frozenset[bytes],
+        upgrade: bytes,
+        removed: list[Field],
+    ) -> None:
+        self.forwarded = forwarded
+        """Field lines that go on, in their order, without `Transfer-Encoding`."""
+        self.declared = declared
+        self.length = length
+        self._options = options
+        self.upgrade = upgrade
+        """The protocol that a 101 switches to; empty for none."""
+        self.removed = removed
+        """Fields of the `remove` set: lower-cased names and values, in their order."""
+
+    def persists(self, minor: int) -> bool:
+        """Tell whether the server keeps its connection open after this exchange."""
+        return persists(minor, self._options)
+
+
+def parse_status_line(line: bytes) -> StatusLine:
+    """Parse a status line without its CRLF. Raises `UpstreamProtocolError`."""
+    match = _status_line(line)
+    if match is None:
+        raise UpstreamProtocolError("the response does not begin with a valid HTTP/1 status line")
+    minor, status, reason = match.groups()
+    return StatusLine(minor[0] - 0x30, int(status), b"%b %b" % (status, reason or b""))
+
+
+def parse_response_fields(block: bytes, minor: int, remove: frozenset[bytes]) -> ResponseFields:
+    """Parse a response's field lines and decide what of them goes on.
+
+    `remove` holds the names (by `likeness`) that are taken out and handed over in `removed`.
+    Raises `UpstreamProtocolError`.
+    """
+    try:
+        return _understand(parse_fields(block), minor, remove)
+    except MalformedError as error:
+        raise UpstreamProtocolError(f"the response has {error}") from error
+
+
+_READ = (b"connection", b"content-length", b"transfer-encoding", b"upgrade")
+_READ_OPTIONS = frozenset((b"close",)) | HOP_BY_HOP
+
+
+def _understand(fields: list[Field], minor: int, remove: frozenset[bytes]) -> ResponseFields:
+    singles: dict[bytes, list[bytes]] = {name: [] for name in _READ}
+    kept: list[Field] = []
+    removed: list[Field] = []
+    for field in fields:
+        lower = field[0].lower()
+        if likeness(lower) in remove:
+            removed.append((lower, field[1]))
+            continue
+        values = singles.get(lower)
+        if values is not None:
+            values.append(field[1])
+        if lower not in HOP_BY_HOP:
+            kept.append(field)
+    options = connection_options(singles[b"connection"])
+    declared, length = declared_framing(
+        singles[b"content-length"], singles[b"transfer-encoding"], minor
+    )
+    nominated = options - _READ_OPTIONS
+    if nominated:
+        kept = [field for field in kept if field[0].lower() not in nominated]
+    upgrade = b", ".join(singles[b"upgrade"]) if b"upgrade" in options else b""
+    return ResponseFields(
+        forwarded=serialise(kept),
+        declared=declared,
+        length=length,
+        options=options,
+        upgrade=upgrade,
+        removed=removed,
+    )
+
+
+def switches_to(offered: bytes, chosen: bytes) -> bool:
+    """Tell whether a 101's protocols are among those that the request offered (RFC 9110 7.8)."""
+    protocols = list_members(chosen)
+    return bool(protocols) and set(protocols) <= set(list_members(offered))

@@ -1,0 +1,235 @@
+"""Whole messages from one connection's bytes to the other's: framing removed and put on anew."""
+
+from __future__ import annotations
+
+from dstack_mesh.errors import UpstreamProtocolError
+from dstack_mesh.wire.body import Bytes, Decoder, chunk, decoder, last_chunk
+from dstack_mesh.wire.fields import MalformedError
+from dstack_mesh.wire.framing import Framing, response_framing
+from dstack_mesh.wire.limits import MAX_HEAD_BYTES, MAX_INTERIM_RESPONSES
+from dstack_mesh.wire.memo import BlockMemo
+from dstack_mesh.wire.request import RequestFields
+from dstack_mesh.wire.response import (
+    ResponseFields,
+    StatusLine,
+    parse_response_fields,
+    parse_status_line,
+    switches_to,
+)
+
+
+class RequestBody:
+    """A request's body on its way to an HTTP/1.1 server."""
+
+    __slots__ = ("_chunked", "_decoder")
+
+    def __init__(self, fields: RequestFields, remove_trailers: frozenset[bytes]) -> None:
+        self._decoder: Decoder = decoder(fields.framing, fields.length, remove_trailers)
+        self._chunked = fields.framing is Framing.CHUNKED
+
+    @property
+    def done(self) -> bool:
+        """Whether the body is complete."""
+        return self._decoder.done
+
+    def feed(self, data: Bytes) -> tuple[bytes, int]:
+        """Give the bytes to send and the count of bytes taken. Raises `MalformedError`."""
+        payload, taken = self._decoder.feed(data)
+        out = bytes(payload)
+        if self._chunked:
+            out = chunk(out)
+            if self._decoder.done:
+                out += last_chunk(self._decoder.trailers)
+        return out, taken
+
+
+class ResponseRules:
+    """What becomes of response fields in one direction: names to take out, and one to mark."""
+
+    __slots__ = ("_memo", "_remote_errors", "remove")
+
+    def __init__(self, *, remote_errors: bool) -> None:
+        """`remote_errors`: keep another mesh's error header, marked as such, or take it out."""
+        self._remote_errors = remote_errors
+        self.remove = frozenset((b"x-dstack-mesh-error",))
+        self._memo: BlockMemo[ResponseFields] = BlockMemo(self._parse)
+
+    def parse(self, block: bytes, minor: int) -> ResponseFields:
+        """Parse a response's field lines. Raises `UpstreamProtocolError`."""
+        if minor:
+            return self._memo.get(block)
+        return self._mark(parse_response_fields(block, 0, self.remove))
+
+    def _parse(self, block: bytes) -> ResponseFields:
+        return self._mark(parse_response_fields(block, 1, self.remove))
+
+    def _mark(self, fields: ResponseFields) -> ResponseFields:
+        if self._remote_errors:
+            for name, value in fields.removed:
+                if name == b"x-dstack-mesh-error":
+                    fields.forwarded += b"x-dstack-mesh-error: %b; remote\r\n" % value
+        return fields
+
+
+class Response:
+    """The responses to one request, interim ones included, on their way to the client."""
+
+    __slots__ = (
+        "_client_minor",
+        "_decoder",
+        "_interims",
+        "_method",
+        "_offered",
+        "_partial",
+        "_rechunk",
+        "_rules",
+        "done",
+        "keep_client",
+        "keep_upstream",
+        "status",
+        "switched",
+        "touched",
+    )
+
+    def __init__(
+        self, method: bytes, client_minor: int, offered: bytes, rules: ResponseRules
+    ) -> None:
+        self._method = method
+        self._client_minor = client_minor
+        self._offered = offered
+        self._rules = rules
+        self._partial = b""
+        self._interims = 0
+        self._decoder: Decoder | None = None
+        self._rechunk = False
+        self.touched = False
+        """Whether one byte of an answer has come."""
+        self.status = 0
+        """The final response's status, or 101; 0 until its head is complete."""
+        self.switched = False
+        """Whether the connection has changed its protocol (101)."""
+        self.done = False
+        self.keep_client = True
+        """Set before the final head comes; turned off where only closing can end the body."""
+        self.keep_upstream = False
+
+    def feed(self, data: memoryview) -> bytes:
+        """Give the bytes to send for what was read. Raises `UpstreamProtocolError`."""
+        if self._decoder is not None:
+            return self._body(data, self._decoder)
+        self.touched = True
+        text = self._partial + bytes(data) if self._partial else bytes(data)
+        out = b""
+        while (end := text.find(b"\r\n\r\n")) >= 0:
+            if end > MAX_HEAD_BYTES:
+                raise UpstreamProtocolError(_HEAD_TOO_LARGE)
+            eol = text.find(b"\r\n")
+            line = parse_status_line(text[:eol])
+            fields = self._rules.parse(text[eol + 2 : end + 2], line.minor)
+            text = text[end + 4 :]
+            if line.status >= 200:
+                self._partial = b""
+                return out + self._final(line, fields, text)
+            if line.status == 101:
+                self._partial = b""
+                return out + self._switch(line, fields) + text
+            out += self._interim(line, fields)
+        self._hold(text)
+        return out
+
+    def end(self, clean: bool) -> bytes | None:
+        """Give the last bytes to send now that the connection has ended; `None`: broken off."""
+        if self.status and clean and self._decoder is not None:
+            self.done = True
+            return last_chunk(b"") if self._rechunk else b""
+        return None
+
+    def _hold(self, text: bytes) -> None:
+        if len(text) > MAX_HEAD_BYTES:
+            raise UpstreamProtocolError(_HEAD_TOO_LARGE)
+        start = b"HTTP/1."
+        if text[: len(start)] != start[: len(text)]:
+            raise UpstreamProtocolError("the answer is not HTTP/1")
+        if text.count(b"\n") != text.count(b"\r\n"):
+            raise UpstreamProtocolError("the response has a bare LF in its head")
+        self._partial = text
+
+    def _interim(self, line: StatusLine, fields: ResponseFields) -> bytes:
+        self._interims += 1
+        if self._interims > MAX_INTERIM_RESPONSES:
+            raise UpstreamProtocolError(f"more than {MAX_INTERIM_RESPONSES} interim responses")
+        _checked_framing(self._method, line, fields)
+        if self._client_minor == 0:
+            return b""  # RFC 9110 15.2: an HTTP/1.0 client knows no 1xx
+        return b"HTTP/1.1 %b\r\n%b\r\n" % (line.rest, fields.forwarded)
+
+    def _switch(self, line: StatusLine, fields: ResponseFields) -> bytes:
+        _checked_framing(self._method, line, fields)
+        if not switches_to(self._offered, fields.upgrade):
+            raise UpstreamProtocolError(
+                "the response switches to a protocol that was not asked for"
+            )
+        self.status = 101
+        self.switched = True
+        return b"HTTP/1.1 %b\r\n%bConnection: Upgrade\r\nUpgrade: %b\r\n\r\n" % (
+            line.rest,
+            fields.forwarded,
+            fields.upgrade,
+        )
+
+    def _final(self, line: StatusLine, fields: ResponseFields, rest: bytes) -> bytes:
+        framing = _checked_framing(self._method, line, fields)
+        self.status = line.status
+        self.keep_upstream = framing is not Framing.CLOSE and fields.persists(line.minor)
+        own = b""
+        if framing >= Framing.CHUNKED:
+            self._rechunk = self._client_minor == 1
+            if self._rechunk:
+                own = b"Transfer-Encoding: chunked\r\n"
+            else:
+                self.keep_client = False
+        elif fields.declared is Framing.CHUNKED and self._client_minor == 1:
+            own = b"Transfer-Encoding: chunked\r\n"
+        if not self.keep_client:
+            own += b"Connection: close\r\n"
+        elif self._client_minor == 0:
+            own += b"Connection: keep-alive\r\n"
+        head = b"HTTP/1.1 %b\r\n%b%b\r\n" % (line.rest, fields.forwarded, own)
+        if framing is Framing.NONE:
+            self._end(excess=bool(rest))
+            return head
+        if framing is Framing.LENGTH and len(rest) == fields.length:
+            self._end(excess=False)
+            return head + rest
+        self._decoder = decoder(framing, fields.length, self._rules.remove)
+        return head + self._body(rest, self._decoder) if rest else head
+
+    def _body(self, data: Bytes, body: Decoder) -> bytes:
+        try:
+            payload, taken = body.feed(data)
+        except MalformedError as error:
+            raise UpstreamProtocolError(f"the response's body has {error}") from error
+        out = bytes(payload)
+        if self._rechunk:
+            out = chunk(out)
+            if body.done:
+                out += last_chunk(body.trailers)
+        if body.done:
+            self._end(excess=taken < len(data))
+        return out
+
+    def _end(self, *, excess: bool) -> None:
+        self.done = True
+        if excess:
+            # Bytes that answer no request: nothing on that connection can be believed any more.
+            self.keep_upstream = False
+
+
+def _checked_framing(method: bytes, line: StatusLine, fields: ResponseFields) -> Framing:
+    try:
+        return response_framing(method, line.status, fields.declared, fields.length)
+    except MalformedError as error:
+        raise UpstreamProtocolError(f"the upstream sent {error}") from error
+
+
+_HEAD_TOO_LARGE = f"the response's head is over {MAX_HEAD_BYTES} bytes"

@@ -1,0 +1,491 @@
+"""Our contexts, accepting a caller, and how failures of TLS are read."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import socket
+import ssl
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import uvloop
+from cryptography.hazmat.primitives import serialization
+from cryptography.x509.oid import ExtendedKeyUsageOID
+from tests.identity.conftest import APP_A, Issued, Kms, issue, shake_hands
+
+from dstack_mesh.identity import tls
+from dstack_mesh.model import Role
+
+TLS12, TLS13 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
+VERSIONS = pytest.mark.parametrize("version", [TLS12, TLS13], ids=["1.2", "1.3"])
+LOOPS = pytest.mark.parametrize(
+    "new_loop", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"]
+)
+DEADLINE = 10.0
+
+_Result = TypeVar("_Result")
+
+
+def run(new_loop: Callable[[], asyncio.AbstractEventLoop], main: Awaitable[_Result]) -> _Result:
+    async def bounded() -> _Result:
+        return await asyncio.wait_for(main, DEADLINE)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        return runner.run(bounded())
+
+
+# Contexts
+
+
+@VERSIONS
+def test_both_contexts_verify_against_the_root_alone(kms: Kms, version: ssl.TLSVersion) -> None:
+    credentials = kms.leaf().credentials
+    client = tls.client_context(credentials, version)
+    server = tls.server_context(credentials, version)
+    assert client.verify_mode is ssl.CERT_REQUIRED
+    assert server.verify_mode is ssl.CERT_OPTIONAL
+    for context in (client, server):
+        assert context.minimum_version is version
+        assert context.check_hostname is False
+        assert context.get_ca_certs(binary_form=True) == kms.root.chain
+        assert not context.verify_flags & ssl.VERIFY_X509_STRICT
+        assert not context.verify_flags & ssl.VERIFY_X509_PARTIAL_CHAIN
+        assert context.options & ssl.OP_NO_RENEGOTIATION
+        assert context.options & ssl.OP_NO_COMPRESSION
+        assert context.options & ssl.OP_NO_TICKET
+        assert context.security_level == 2
+        for cipher in context.get_ciphers():
+            assert cipher["aead"]
+            assert cipher["kea"] in ("kx-any", "kx-ecdhe")
+
+
+def open_files() -> list[str]:
+    return sorted(path.name for path in Path("/proc/self/fd").iterdir())
+
+
+@VERSIONS
+def test_two_apps_meet(kms: Kms, version: ssl.TLSVersion) -> None:
+    server_context = tls.server_context(kms.leaf("cc" * 20).credentials, version)
+    client_context = tls.client_context(kms.leaf(APP_A).credentials, version)
+    client_context.maximum_version = version
+    server, client = shake_hands(server_context, client_context)
+    assert server.version() == {TLS12: "TLSv1.2", TLS13: "TLSv1.3"}[version]
+    peers = tls.VerifiedPeers(kms.root.root_spki)
+    caller, target = peers.identify(server, Role.CALLER), peers.identify(client, Role.TARGET)
+    assert caller is not None
+    assert target is not None
+    assert (caller.app_id, target.app_id) == (APP_A, "cc" * 20)
+
+
+def test_tls_1_2_is_refused_unless_allowed(kms: Kms) -> None:
+    credentials = kms.leaf().credentials
+    old = tls.client_context(credentials, TLS12)
+    old.maximum_version = TLS12
+    with pytest.raises(ssl.SSLError, match="UNSUPPORTED_PROTOCOL"):
+        shake_hands(tls.server_context(credentials, TLS13), old)
+    shake_hands(tls.server_context(credentials, TLS12), old)
+
+
+def test_tls_1_3_is_taken_where_1_2_is_allowed(kms: Kms) -> None:
+    credentials = kms.leaf().credentials
+    server, _ = shake_hands(
+        tls.server_context(credentials, TLS12), tls.client_context(credentials, TLS12)
+    )
+    assert server.version() == "TLSv1.3"
+
+
+@pytest.mark.parametrize("min_version", [TLS12, TLS13], ids=["min 1.2", "min 1.3"])
+@VERSIONS
+def test_our_server_gives_a_caller_nothing_to_resume(
+    kms: Kms, version: ssl.TLSVersion, min_version: ssl.TLSVersion
+) -> None:
+    if version < min_version:
+        return
+    leaf = kms.leaf()
+    server_context = tls.server_context(leaf.credentials, min_version)
+    caller = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # with tickets and session ids, as by default
+    caller.check_hostname = False
+    caller.verify_mode = ssl.CERT_NONE
+    caller.maximum_version = version
+    tls._load_key(caller, leaf.credentials)
+    _, client = shake_hands(server_context, caller)
+    with pytest.raises(ssl.SSLWantReadError):
+        client.read(1)  # where a TLS 1.3 ticket would arrive
+    assert client.session is None or not client.session.has_ticket
+    server, client = shake_hands(server_context, caller, client.session)
+    assert not server.session_reused
+    assert not client.session_reused
+    assert tls.VerifiedPeers(kms.root.root_spki).identify(server, Role.CALLER) is not None
+
+
+def test_the_key_is_neither_shown_nor_left_behind(
+    kms: Kms, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    credentials = kms.leaf().credentials
+    before = open_files()
+    for make in (tls.client_context, tls.server_context):
+        make(credentials, TLS13)
+    assert open_files() == before
+    assert list(tmp_path.iterdir()) == []
+    assert "PRIVATE KEY" not in repr(credentials)
+    assert credentials.key_pem.split(b"\n")[1].decode() not in repr(credentials)
+
+
+@pytest.mark.parametrize("make", [tls.client_context, tls.server_context])
+def test_a_key_that_is_not_the_leafs_is_an_error(
+    kms: Kms, make: Callable[[tls.Credentials, ssl.TLSVersion], ssl.SSLContext]
+) -> None:
+    credentials = replace(kms.leaf().credentials, key_pem=kms.leaf().key_pem)
+    before = open_files()
+    with pytest.raises(ssl.SSLError, match="KEY_VALUES_MISMATCH"):
+        make(credentials, TLS13)
+    assert open_files() == before
+
+
+def test_an_encrypted_key_is_an_error_and_not_a_question_on_the_terminal(kms: Kms) -> None:
+    leaf = kms.leaf()
+    encrypted = leaf.key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(b"secret"),
+    )
+    with pytest.raises(ssl.SSLError):
+        tls.client_context(replace(leaf.credentials, key_pem=encrypted), TLS13)
+
+
+# Accepting
+
+
+class Recorder(asyncio.Protocol):
+    """The application's protocol behind TLS."""
+
+    def __init__(self) -> None:
+        self.received = bytearray()
+        self.first = asyncio.get_running_loop().create_future()
+        self.done = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        if not self.first.done():
+            self.first.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.done.done():
+            self.done.set_result(exc)
+
+
+def listen() -> socket.socket:
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
+    return listener
+
+
+def caller_context(issued: Issued | None, version: ssl.TLSVersion) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.maximum_version = version
+    if issued is not None:
+        tls._load_key(context, issued.credentials)
+    return context
+
+
+def call(address: tuple[str, int], context: ssl.SSLContext, request: bytes) -> str | None:
+    """Be a caller that sends at once; return the reason of the alert that it is shown, if any."""
+    with socket.create_connection(address, timeout=DEADLINE) as plain:
+        try:
+            with context.wrap_socket(plain) as sock:
+                sock.sendall(request)
+                while sock.recv(1024):
+                    pass
+        except ssl.SSLError as exc:
+            return exc.reason
+    return None
+
+
+async def accept_one(
+    listener: socket.socket, context: ssl.SSLContext, handshake_timeout: float = DEADLINE
+) -> tuple[asyncio.Transport, Recorder]:
+    loop = asyncio.get_running_loop()
+    sock, _ = await loop.sock_accept(listener)
+    return await tls.accept_tls(loop, sock, Recorder, context, handshake_timeout)
+
+
+@LOOPS
+@VERSIONS
+def test_a_caller_that_verifies_is_accepted(
+    kms: Kms, new_loop: Callable[[], asyncio.AbstractEventLoop], version: ssl.TLSVersion
+) -> None:
+    context = tls.server_context(kms.leaf().credentials, version)
+
+    async def main() -> None:
+        with listen() as listener:
+            calling = asyncio.create_task(
+                asyncio.to_thread(
+                    call, listener.getsockname(), caller_context(kms.leaf(), version), b"hello"
+                )
+            )
+            transport, protocol = await accept_one(listener, context)
+            assert isinstance(protocol, Recorder)
+            ssl_object = transport.get_extra_info("ssl_object")
+            peer = tls.VerifiedPeers(kms.root.root_spki).identify(ssl_object, Role.CALLER)
+            assert peer is not None
+            await protocol.first
+            transport.write(b"bye")
+            transport.close()
+            assert await calling is None
+            await protocol.done
+            assert protocol.received == b"hello"
+
+    run(new_loop, main())
+
+
+WRONG = ("foreign KMS", "self-signed", "expired", "other role", "leaf as CA")
+
+
+def wrong_callers(kms: Kms) -> dict[str, tuple[Issued, str]]:
+    """For each way in which OpenSSL refuses a caller: its chain, and the alert that fits."""
+    yesterday = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
+    own_leaf = kms.leaf()
+    return {
+        "foreign KMS": (Kms().leaf(), "TLSV1_ALERT_DECRYPT_ERROR"),
+        "self-signed": (issue(None, "localhost", []), "TLSV1_ALERT_UNKNOWN_CA"),
+        "expired": (kms.leaf(not_after=yesterday), "SSLV3_ALERT_CERTIFICATE_EXPIRED"),
+        "other role": (
+            kms.leaf(eku=[ExtendedKeyUsageOID.SERVER_AUTH]),
+            "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE",
+        ),
+        "leaf as CA": (kms.leaf(issuer=own_leaf), "TLSV1_ALERT_UNKNOWN_CA"),
+    }
+
+
+@LOOPS
+@VERSIONS
+@pytest.mark.parametrize(
+    "who", ["foreign KMS", "self-signed", "expired", "other role", "leaf as CA"]
+)
+def test_a_caller_that_openssl_refuses_is_shown_the_alert(
+    kms: Kms,
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+    version: ssl.TLSVersion,
+    who: str,
+) -> None:
+    wrong, alert = wrong_callers(kms)[who]
+    context = tls.server_context(kms.leaf().credentials, version)
+
+    async def main() -> None:
+        with listen() as listener:
+            calling = asyncio.create_task(
+                asyncio.to_thread(
+                    call, listener.getsockname(), caller_context(wrong, version), b"x" * 100_000
+                )
+            )
+            with pytest.raises(ssl.SSLCertVerificationError):
+                await accept_one(listener, context)
+            assert await calling == alert
+
+    run(new_loop, main())
+
+
+@LOOPS
+def test_a_refused_caller_that_stays_is_cut_off(
+    kms: Kms, new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls, "_LINGER_SECONDS", 0.05)
+    context = tls.server_context(kms.leaf().credentials, TLS13)
+    caller = caller_context(Kms().leaf(), TLS13)
+    cut_off = threading.Event()
+
+    def stay(address: tuple[str, int]) -> None:
+        plain = socket.create_connection(address, timeout=DEADLINE)
+        with plain, caller.wrap_socket(plain):
+            assert cut_off.wait(DEADLINE)
+
+    async def main() -> None:
+        with listen() as listener:
+            staying = asyncio.create_task(asyncio.to_thread(stay, listener.getsockname()))
+            with pytest.raises(ssl.SSLCertVerificationError):
+                await accept_one(listener, context)
+            cut_off.set()
+            await staying
+
+    run(new_loop, main())
+
+
+@LOOPS
+def test_a_caller_that_is_silent_or_leaves_is_an_os_error(
+    kms: Kms, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    context = tls.server_context(kms.leaf().credentials, TLS13)
+
+    async def main() -> None:
+        with listen() as listener:
+            with socket.create_connection(listener.getsockname()), pytest.raises(OSError) as silent:
+                await accept_one(listener, context, 0.05)
+            assert tls.describe_tls_failure(silent.value) == "the TLS handshake took too long"
+
+            socket.create_connection(listener.getsockname()).close()
+            with pytest.raises(OSError) as left:
+                await accept_one(listener, context)
+            assert "ended the connection" in tls.describe_tls_failure(left.value)
+
+    run(new_loop, main())
+
+
+@LOOPS
+def test_a_caller_that_does_not_speak_tls_is_an_ssl_error(
+    kms: Kms, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    context = tls.server_context(kms.leaf().credentials, TLS13)
+
+    async def main() -> None:
+        with listen() as listener, socket.create_connection(listener.getsockname()) as plain:
+            plain.sendall(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+            plain.shutdown(socket.SHUT_WR)
+            with pytest.raises(ssl.SSLError) as failure:
+                await accept_one(listener, context)
+            assert tls.describe_tls_failure(failure.value) == "the peer does not speak TLS"
+
+    run(new_loop, main())
+
+
+def test_a_caller_that_is_gone_before_the_alert_is_still_refused(kms: Kms) -> None:
+    context = tls.server_context(kms.leaf().credentials, TLS13)
+    ours, theirs = socket.socketpair()
+    accepting = tls._Accepting(ours)
+    token = tls._accepting.set(accepting)
+    try:
+        ours.close()
+        theirs.close()
+        with pytest.raises(ssl.SSLCertVerificationError):
+            shake_hands(context, caller_context(Kms().leaf(), TLS13))
+        assert accepting.lingering is None
+    finally:
+        tls._accepting.reset(token)
+
+
+# Failures
+
+
+def alert_error(code: int) -> ssl.SSLError:
+    """Return what a client's handshake raises when the fatal alert `code` arrives."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    incoming = ssl.MemoryBIO()
+    ssl_object = context.wrap_bio(incoming, ssl.MemoryBIO())
+    with pytest.raises(ssl.SSLWantReadError):
+        ssl_object.do_handshake()
+    incoming.write(bytes([21, 3, 3, 0, 2, 2, code]))
+    with pytest.raises(ssl.SSLError) as error:
+        ssl_object.do_handshake()
+    return error.value
+
+
+_ABOUT_OUR_CERTIFICATE = {
+    41: "no_certificate",
+    42: "bad_certificate",
+    43: "unsupported_certificate",
+    44: "certificate_revoked",
+    45: "certificate_expired",
+    46: "certificate_unknown",
+    48: "unknown_ca",
+    49: "access_denied",
+    51: "decrypt_error",
+    111: "certificate_unobtainable",
+    113: "bad_certificate_status_response",
+    114: "bad_certificate_hash_value",
+    116: "certificate_required",
+}
+_OTHER_ALERTS = {
+    10: "unexpected_message",
+    20: "bad_record_mac",
+    40: "handshake_failure",
+    47: "illegal_parameter",
+    50: "decode_error",
+    70: "protocol_version",
+    80: "internal_error",
+    109: "missing_extension",
+    112: "unrecognized_name",
+}
+
+
+@pytest.mark.parametrize("code", range(1, 256))
+def test_every_alert_about_our_certificate_is_a_refusal_of_it_and_no_other(code: int) -> None:
+    if code == 90:  # user_canceled is followed by close_notify and not an error by itself
+        return
+    error = alert_error(code)
+    assert tls.refused_our_certificate(error) is (code in _ABOUT_OUR_CERTIFICATE)
+    description = tls.describe_tls_failure(error)
+    if code in _ABOUT_OUR_CERTIFICATE:
+        expected = f"the peer refused our certificate (alert {_ABOUT_OUR_CERTIFICATE[code]})"
+        assert description == expected
+    elif code in _OTHER_ALERTS:
+        assert description == f"the peer sent the alert {_OTHER_ALERTS[code]}"
+    else:
+        assert description
+
+
+@VERSIONS
+def test_a_refusal_is_known_when_it_arrives_after_our_side_of_the_handshake(
+    kms: Kms, version: ssl.TLSVersion
+) -> None:
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = tls.server_context(kms.leaf().credentials, version).wrap_bio(
+        to_server, to_client, server_side=True
+    )
+    client = caller_context(Kms().leaf(), version).wrap_bio(to_client, to_server)
+    # What `_ServerObject` would take to the socket stays here, for the client to read.
+    server._outgoing = ssl.MemoryBIO()  # type: ignore[attr-defined]
+    errors: dict[ssl.SSLObject, ssl.SSLError] = {}
+    for _ in range(4):
+        for side in (client, server):
+            try:
+                side.do_handshake()
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError as exc:
+                errors.setdefault(side, exc)
+    if version is TLS13:
+        with pytest.raises(ssl.SSLError) as shown:
+            client.read(1)
+        errors[client] = shown.value
+    assert tls.refused_our_certificate(errors[client])
+    assert not tls.refused_our_certificate(errors[server]), "our own refusal is not the peer's"
+
+
+def not_trusted(kms: Kms) -> ssl.SSLError:
+    with pytest.raises(ssl.SSLCertVerificationError) as error:
+        shake_hands(
+            tls.server_context(Kms().leaf().credentials, TLS13),
+            tls.client_context(kms.leaf().credentials, TLS13),
+        )
+    return error.value
+
+
+def test_other_failures_are_described_too(kms: Kms) -> None:
+    old, new = (tls.client_context(kms.leaf().credentials, TLS12) for _ in range(2))
+    old.maximum_version = TLS12
+    with pytest.raises(ssl.SSLError) as no_common_version:
+        shake_hands(tls.server_context(kms.leaf().credentials, TLS13), old)
+    with pytest.raises(ssl.SSLError) as other:
+        new.load_verify_locations(cadata=b"nonsense")
+    descriptions = {
+        not_trusted(kms): "the peer's certificate is not trusted: certificate signature failure",
+        no_common_version.value: "the peer has no TLS version in common with us",
+        ssl.SSLEOFError(): "the peer ended the connection during the TLS handshake",
+        ConnectionResetError(): "the peer ended the connection during the TLS handshake",
+        ConnectionAbortedError(): "the TLS handshake took too long",
+        TimeoutError(): "the TLS handshake took too long",
+        OSError("no buffer"): "TLS failed: no buffer",
+        ValueError(): "TLS failed: ValueError",
+    }
+    for exc, description in descriptions.items():
+        assert tls.describe_tls_failure(exc) == description
+        assert not tls.refused_our_certificate(exc)
+    assert tls.describe_tls_failure(other.value).startswith("TLS failed: not enough data")
