@@ -81,7 +81,7 @@ class IdentityStore:
         self._random = random
         self._sleep = sleep
         self._current: Snapshot | None = None
-        self._loaded_at = 0.0
+        self._loaded_at = self._renew_at = 0.0
         self._expiry_told = False
         self._loaded = asyncio.Event()
         self._subscribers: list[Callable[[Snapshot], None]] = []
@@ -108,7 +108,7 @@ class IdentityStore:
         self._subscribers.append(callback)
 
     async def wait_loaded(self) -> Snapshot:
-        """Wait for the first snapshot and return the one in use."""
+        """Wait for the first snapshot and return the one in use; see `require`."""
         await self._loaded.wait()
         return self.require()
 
@@ -145,9 +145,9 @@ class IdentityStore:
         except Exception as exc:  # whatever went wrong, the last good one serves and we ask again
             return f"{type(exc).__name__}: {exc}"
         jitter = 1 - _RENEWAL_JITTER * self._random()
-        due = now + max((snapshot.renew_at - now) * jitter, FIRST_RETRY)
         self._loaded_at = now
-        self._publish(replace(snapshot, renew_at=due))
+        self._renew_at = now + max((snapshot.renew_at - now) * jitter, FIRST_RETRY)
+        self._publish(replace(snapshot, renew_at=self._renew_at))
         return None
 
     def _check_root(self, new: Snapshot) -> None:
@@ -187,8 +187,8 @@ class IdentityStore:
         for callback in self._subscribers:
             try:
                 callback(snapshot)
-            except Exception as exc:  # a subscriber's mistake must not end the renewals
-                logger.exception("identity_subscriber_failed", exc_info=exc)
+            except Exception:  # a subscriber's mistake must not end the renewals
+                logger.exception("identity_subscriber_failed")
 
     def _note_failure(self, reason: str, delay: float) -> None:
         self.failed += 1
@@ -204,15 +204,14 @@ class IdentityStore:
 
     async def _until_due(self) -> None:
         """Wait until the snapshot just published is to be replaced."""
-        snapshot = self.require()
         while True:
             now = self._clock()
             if self._changed is not None:
                 if self._changed():
                     return
                 pause = POLL
-            elif self._loaded_at - _CLOCK_TOLERANCE <= now < snapshot.renew_at:
-                pause = snapshot.renew_at - now
+            elif self._loaded_at - _CLOCK_TOLERANCE <= now < self._renew_at:
+                pause = self._renew_at - now
             else:  # due; or the clock was set back, and when it is due was reckoned by a wrong one
                 return
             await self._pause(pause)

@@ -1,0 +1,225 @@
+"""A whole mesh in one event loop: a simulated world, real sidecars, and a plain client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h11
+
+from dstack_mesh.app import Sidecar
+from dstack_mesh.model import AppId, TcpAddress
+from dstack_mesh.settings.load import load_settings
+from dstack_mesh.sim.backend import Backend
+from dstack_mesh.sim.world import SimApp, World
+
+
+@dataclass
+class Answer:
+    """A response as an independent strict reader (h11) understood it."""
+
+    status: int
+    reason: bytes
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    trailers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    interim: list[int] = field(default_factory=list)
+    http_version: bytes = b"1.1"
+
+    def get(self, name: bytes) -> bytes | None:
+        return next((value for key, value in self.headers if key == name), None)
+
+    def all(self, name: bytes) -> list[bytes]:
+        return [value for key, value in self.headers if key == name]
+
+    @property
+    def error(self) -> str:
+        """The mesh's own error code, or empty."""
+        return (self.get(b"x-dstack-mesh-error") or b"").decode()
+
+
+class Client:
+    """One connection to a listener, with exact control of the bytes sent."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self._h11 = h11.Connection(h11.CLIENT)
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def connect(cls, address: TcpAddress) -> AsyncIterator[Client]:
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        try:
+            yield cls(reader, writer)
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    async def send(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def answer(self, method: str = "GET") -> Answer:
+        """Read one whole response to a request that was sent with `send`."""
+        parser = h11.Connection(h11.CLIENT)
+        parser.send(h11.Request(method=method, target="/", headers=[("host", "x")]))
+        parser.send(h11.EndOfMessage())
+        trailing = self._h11.trailing_data[0] if isinstance(self._h11, h11.Connection) else b""
+        if trailing:
+            parser.receive_data(trailing)
+        self._h11 = parser
+        interim: list[int] = []
+        head: h11.Response | None = None
+        body: list[bytes] = []
+        while True:
+            event = parser.next_event()
+            if event is h11.NEED_DATA:
+                data = await self.reader.read(65536)
+                if not data and head is None and not parser.trailing_data[0]:
+                    raise ConnectionError("closed before a response")
+                parser.receive_data(data)
+            elif isinstance(event, h11.InformationalResponse):
+                interim.append(event.status_code)
+            elif isinstance(event, h11.Response):
+                head = event
+            elif isinstance(event, h11.Data):
+                body.append(bytes(event.data))
+            else:
+                assert isinstance(event, h11.EndOfMessage), event
+                assert head is not None
+                return Answer(
+                    head.status_code,
+                    head.reason,
+                    list(head.headers),
+                    b"".join(body),
+                    list(event.headers),
+                    interim,
+                    head.http_version,
+                )
+
+    async def closed(self) -> bytes:
+        """Read to the end of the connection; a reset counts as one."""
+        data = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := await self.reader.read(65536):
+                data += piece
+        return data
+
+
+def request(
+    method: str = "GET",
+    target: str = "/",
+    headers: Iterable[tuple[str, str]] = (),
+    body: bytes = b"",
+    version: str = "1.1",
+) -> bytes:
+    """Write a request; a `Host` is added where none is given, a length where there is a body."""
+    fields = list(headers)
+    names = {name.lower() for name, _ in fields}
+    if "host" not in names and version == "1.1":
+        fields.insert(0, ("Host", "example.test"))
+    if body and not names & {"content-length", "transfer-encoding"}:
+        fields.append(("Content-Length", str(len(body))))
+    lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
+    return f"{method} {target} HTTP/{version}\r\n{lines}\r\n".encode("latin-1") + body
+
+
+@dataclass
+class Mesh:
+    """A world with the sidecars and backends that a test has started in it."""
+
+    world: World
+    sidecars: dict[str, Sidecar] = field(default_factory=dict)
+    backends: dict[str, Backend] = field(default_factory=dict)
+    _running: list[Sidecar] = field(default_factory=list)
+
+    def app(self, name: str) -> SimApp:
+        return self.world.apps[name]
+
+    def app_id(self, name: str) -> AppId:
+        return self.app(name).app_id
+
+    async def start(self, name: str, *, backend: bool = True, **environ: str) -> Sidecar:
+        """Start the sidecar of app `name`, with a backend, and wait until it is open."""
+        env = {**self.app(name).env, "MESH_OUTBOUND_LISTEN": "127.0.0.1:0"}
+        env["MESH_ADMIN_LISTEN"] = "127.0.0.1:0"
+        if backend and "MESH_BACKEND" not in environ:
+            self.backends[name] = Backend(name)
+            env["MESH_BACKEND"] = str(await self.backends[name].start())
+        sidecar = await self.start_closed(name, **{**env, **environ})
+        await sidecar.wait_open()
+        await eventually(lambda: sidecar.directory.current is not None)
+        return sidecar
+
+    async def start_closed(self, name: str, **environ: str) -> Sidecar:
+        """Start a sidecar without waiting for its identity."""
+        env = {k: v for k, v in {**self.app(name).env, **environ}.items() if v != "unset"}
+        sidecar = Sidecar(load_settings({}, env, None).settings)
+        self._running.append(sidecar)
+        self.sidecars[name] = sidecar
+        await sidecar.start()
+        return sidecar
+
+    def outbound(self, name: str) -> TcpAddress:
+        return tcp(self.sidecars[name].bound()["outbound"])
+
+    def inbound(self, name: str) -> TcpAddress:
+        return tcp(self.sidecars[name].bound()["inbound"])
+
+    def admin(self, name: str) -> TcpAddress:
+        return tcp(self.sidecars[name].bound()["admin"])
+
+    async def call(
+        self,
+        caller: str,
+        target: str | None,
+        method: str = "GET",
+        path: str = "/",
+        headers: Iterable[tuple[str, str]] = (),
+        body: bytes = b"",
+    ) -> Answer:
+        """Send one request on a connection of its own and read its answer."""
+        fields = list(headers)
+        if target is not None:
+            app_id = self.app_id(target) if target in self.world.apps else target
+            fields.append(("x-dstack-target-app", app_id))
+        async with Client.connect(self.outbound(caller)) as client:
+            await client.send(request(method, path, fields, body))
+            return await client.answer(method)
+
+    async def aclose(self) -> None:
+        for sidecar in self._running:
+            await sidecar.stop()
+        for backend in self.backends.values():
+            await backend.aclose()
+
+
+@contextlib.asynccontextmanager
+async def mesh(tmp_path: Path, apps: Iterable[str] = ("a", "b")) -> AsyncIterator[Mesh]:
+    """Open a world of `apps`; everything started in it ends with the block."""
+    async with World(list(apps), tmp_path) as world:
+        one = Mesh(world)
+        try:
+            yield one
+        finally:
+            await one.aclose()
+
+
+async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Wait until `condition` holds; fail when it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true in time"
+        await asyncio.sleep(0.005)
+
+
+def tcp(text: str | None) -> TcpAddress:
+    assert text is not None
+    host, _, port = text.rpartition(":")
+    return TcpAddress(host, int(port))
