@@ -63,7 +63,7 @@ async def _main(settings: Settings, ready_file: Path | None) -> int:
     finally:
         await sidecar.stop()
         if ready_file is not None:
-            ready_file.unlink(missing_ok=True)
+            lifecycle.remove_ready_file(ready_file)
     return signals.exit_status
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -46,3 +47,9 @@ def write_ready_file(path: Path, bound: Mapping[str, str | None]) -> None:
     except OSError:
         draft.unlink(missing_ok=True)
         raise
+
+
+def remove_ready_file(path: Path) -> None:
+    """Take the ready file away as the process ends; a file that cannot go is left."""
+    with contextlib.suppress(OSError):
+        path.unlink()

@@ -25,7 +25,7 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class AppInfo:
-    """What the KMS wrote about the caller's CVM into its leaf. Hashes and ids are lower-case hex."""
+    """What the KMS wrote about the peer's CVM into its leaf; hashes and ids in lower-case hex."""
 
     app_id: AppId
     compose_hash: str

@@ -280,8 +280,8 @@ def test_the_guest_agents_root(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert status == 0
         assert f"Its chain holds by the guest agent at unix:{path}, as a target" in lines(out)[0]
         assert run(FORGED)[0] == 1
-        asked = [(path, json.loads(body)) for path, body in agent.asked]
-    assert asked == [("/GetTlsKey", {"subject": "dstack-mesh inspect"})] * 2
+        asked = [(path, json.loads(body)["subject"]) for path, body in agent.asked]
+    assert asked == [("/GetTlsKey", "dstack-mesh inspect")] * 2
 
 
 @pytest.mark.parametrize(
@@ -290,13 +290,13 @@ def test_the_guest_agents_root(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_pa
         (200, agents_answer("leaf-local-provider", "kms1-root"), "its chain has 2 certificates"),
         (
             200,
-            json.dumps({"certificate_chain": ["a", "b", "c"]}).encode(),
+            json.dumps({"key": "k", "certificate_chain": ["a", "b", "c"]}).encode(),
             "it is neither a PEM nor",
         ),
-        (200, b"{}", "missing required field `certificate_chain`"),
-        (200, b'{"certificate_chain": [1]}', "Expected `str`, got `int`"),
+        (200, b'{"key":"k"}', "missing required field `certificate_chain`"),
+        (200, b'{"key":"k","certificate_chain": [1]}', "Expected `str`, got `int`"),
         (200, b"nonsense", "JSON is malformed"),
-        (400, b'{"error":"no"}', "400 Bad Request"),
+        (400, b'{"error":"no"}', "status 400: no"),
     ],
 )
 def test_an_agent_that_gives_no_root(

@@ -193,7 +193,7 @@ async def test_an_agent_that_closes_early_is_an_error() -> None:
         writer.close()
 
     async with listening(closing) as address:
-        with pytest.raises(AgentError, match=r"/Info: (RemoteProtocolError|ReadError)"):
+        with pytest.raises(AgentError, match=r"/Info: the connection ended before the answer"):
             await AgentClient(address).info()
 
 
@@ -201,7 +201,7 @@ async def test_an_endless_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("dstack_mesh.dstack.agent._MAX_ANSWER_BYTES", 1000)
     endless = json_answer({"app_id": "a" * 1000})
     async with listening(FakeAgent({"/Info": endless}, HTML).serve) as address:
-        with pytest.raises(AgentError, match="its answer is over 1000 bytes"):
+        with pytest.raises(AgentError, match="its answer is larger than 1000 bytes"):
             await AgentClient(address).info()
 
 

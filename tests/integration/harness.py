@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import socket
+import ssl
+import struct
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,8 +56,10 @@ class Client:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def connect(cls, address: TcpAddress) -> AsyncIterator[Client]:
-        reader, writer = await asyncio.open_connection(address.host, address.port)
+    async def connect(
+        cls, address: TcpAddress, tls: ssl.SSLContext | None = None
+    ) -> AsyncIterator[Client]:
+        reader, writer = await asyncio.open_connection(address.host, address.port, ssl=tls)
         try:
             yield cls(reader, writer)
         finally:
@@ -74,6 +80,10 @@ class Client:
         if trailing:
             parser.receive_data(trailing)
         self._h11 = parser
+        async with asyncio.timeout(20):
+            return await self._answer(parser)
+
+    async def _answer(self, parser: h11.Connection) -> Answer:
         interim: list[int] = []
         head: h11.Response | None = None
         body: list[bytes] = []
@@ -102,6 +112,16 @@ class Client:
                     interim,
                     head.http_version,
                 )
+
+    async def until(self, marker: bytes) -> bytes:
+        """Read raw bytes until they contain `marker`; more may have come with it."""
+        data = b""
+        async with asyncio.timeout(20):
+            while marker not in data:
+                piece = await self.reader.read(65536)
+                assert piece, f"closed after {data!r}"
+                data += piece
+        return data
 
     async def closed(self) -> bytes:
         """Read to the end of the connection; a reset counts as one."""
@@ -223,3 +243,159 @@ def tcp(text: str | None) -> TcpAddress:
     assert text is not None
     host, _, port = text.rpartition(":")
     return TcpAddress(host, int(port))
+
+
+def problem(answer: Answer, code: str, status: int) -> dict[str, object]:
+    """Hold a mesh's own answer against the contract's form; give its fields."""
+    named, _, remote = answer.error.partition("; ")
+    assert (named, answer.status) == (code, status), (answer.status, answer.headers, answer.body)
+    assert remote in ("", "remote")
+    assert answer.get(b"content-type") == b"application/problem+json"
+    fields: dict[str, object] = json.loads(answer.body)
+    assert fields["status"] == status
+    assert fields["code"] == code
+    assert fields["title"]
+    assert fields["detail"]
+    assert fields["request_id"], "an error names the request, by an id made for it if need be"
+    return fields
+
+
+class Wire:
+    """A connection at an `Origin`: bare bytes, and a record of all that came."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._ahead = b""
+        self.received = b""
+        self.ended = False
+        """Whether the peer has ended the connection, in order or by a reset."""
+
+    async def read(self) -> bytes:
+        """Give what is there next; nothing at the end."""
+        if self._ahead:
+            data, self._ahead = self._ahead, b""
+            return data
+        try:
+            data = await self._reader.read(65536)
+        except ConnectionError:
+            data = b""
+        self.received += data
+        self.ended = not data
+        return data
+
+    async def until(self, marker: bytes) -> bytes:
+        """Read up to and with `marker`; raises `EOFError` where the connection ends before."""
+        data = b""
+        while (at := data.find(marker)) < 0:
+            piece = await self.read()
+            if not piece:
+                raise EOFError(data)
+            data += piece
+        end = at + len(marker)
+        self._ahead = data[end:] + self._ahead
+        return data[:end]
+
+    async def head(self) -> bytes:
+        """Read one head."""
+        return await self.until(b"\r\n\r\n")
+
+    async def to_end(self) -> None:
+        """Read until the peer ends the connection."""
+        while await self.read():
+            pass
+
+    async def send(self, data: bytes) -> None:
+        self._writer.write(data)
+        with contextlib.suppress(ConnectionError):
+            await self._writer.drain()
+
+    def finish(self) -> None:
+        """End the connection in order: FIN."""
+        self._writer.close()
+
+    def reset(self) -> None:
+        """End the connection with a reset."""
+        sock = self._writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._writer.transport.abort()
+
+
+class Origin:
+    """A server of bare bytes: `serve` has each connection, which ends when it returns."""
+
+    def __init__(self, serve: Callable[[Wire], Awaitable[None]]) -> None:
+        self._serve = serve
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+        self.wires: list[Wire] = []
+
+    @property
+    def received(self) -> bytes:
+        """All that came, on all connections."""
+        return b"".join(wire.received for wire in self.wires)
+
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> TcpAddress:
+        self._server = await asyncio.start_server(self._accept, host, port)
+        return tcp("%s:%d" % self._server.sockets[0].getsockname()[:2])
+
+    async def aclose(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        wire = Wire(reader, writer)
+        self.wires.append(wire)
+        try:
+            await self._serve(wire)
+        except EOFError:
+            wire.ended = True
+        except asyncio.CancelledError:
+            writer.transport.abort()
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+            with contextlib.suppress(OSError, EOFError, asyncio.CancelledError):
+                await writer.wait_closed()
+
+
+@contextlib.asynccontextmanager
+async def origin(
+    serve: Callable[[Wire], Awaitable[None]], host: str = "127.0.0.1", port: int = 0
+) -> AsyncIterator[tuple[Origin, TcpAddress]]:
+    """Run an `Origin` for the block; give it and its address."""
+    one = Origin(serve)
+    try:
+        yield one, await one.start(host, port)
+    finally:
+        await one.aclose()
+
+
+def answers(*responses: bytes) -> Callable[[Wire], Awaitable[None]]:
+    """Serve each connection's requests, none of which has a body, with these bytes in turn."""
+
+    async def serve(wire: Wire) -> None:
+        for response in responses:
+            await wire.head()
+            await wire.send(response)
+        await wire.to_end()
+
+    return serve
+
+
+@contextlib.asynccontextmanager
+async def mesh_before(
+    tmp_path: Path, serve: Callable[[Wire], Awaitable[None]], **environ: str
+) -> AsyncIterator[tuple[Mesh, Origin]]:
+    """Open a mesh of `a` and `b`, where `b`'s backend is an `Origin`; `environ` is for both."""
+    async with origin(serve) as (backend, address), mesh(tmp_path) as one:
+        await one.start("a", backend=False, **environ)
+        await one.start("b", MESH_BACKEND=str(address), **environ)
+        yield one, backend

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -11,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-import msgspec
 
 from dstack_mesh.cli import certificates
 from dstack_mesh.cli.certificates import Described, UnreadableError, Value, Verdict
+from dstack_mesh.dstack.agent import AgentClient
 from dstack_mesh.gateway_domain import is_address
 from dstack_mesh.model import Role, TcpAddress, UnixAddress
 from dstack_mesh.settings import parse
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _MAX_INPUT = 4 * 1024 * 1024
 _AGENT_TIMEOUT = 5.0
+_THROW_AWAY_SECONDS = 300
 _LOCAL_PROVIDER = (
     "no app-id: the certificate of a CVM with a local key provider, or of the guest agent"
     " simulator, has none, and such a machine can't be a member of the mesh"
@@ -186,21 +188,10 @@ def _agents_root(agent: Address) -> x509.Certificate:
 
 def _agents_chain(agent: Address) -> list[str]:
     """The agent tells its root only along with a certificate, which is thrown away here."""
-    import httpx2  # here, since most calls do without
-
-    class Answer(msgspec.Struct):
-        certificate_chain: list[str]
-
-    uds = agent.path if isinstance(agent, UnixAddress) else None
-    with httpx2.Client(
-        transport=httpx2.HTTPTransport(uds=uds),
-        base_url=f"http://{'dstack' if uds else agent}",
-        timeout=_AGENT_TIMEOUT,
-        trust_env=False,
-    ) as client:
-        answer = client.post("/GetTlsKey", json={"subject": "dstack-mesh inspect"})
-        answer.raise_for_status()
-        return msgspec.json.decode(answer.content, type=Answer).certificate_chain
+    client = AgentClient(agent, timeout=_AGENT_TIMEOUT)
+    not_after = int(time.time()) + _THROW_AWAY_SECONDS
+    key = asyncio.run(client.get_tls_key(subject="dstack-mesh inspect", not_after=not_after))
+    return list(key[1])
 
 
 # What is shown

@@ -7,13 +7,14 @@ shapes of a real agent's answers.
 from __future__ import annotations
 
 import asyncio
-import ssl
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from dstack_mesh.identity.source import SourceError
 from dstack_mesh.model import UnixAddress
+from dstack_mesh.relay.call import CallError, call
+from dstack_mesh.relay.dial import reason
 
 if TYPE_CHECKING:
     from dstack_mesh.model import Address
@@ -107,13 +108,10 @@ class AgentClient:
 
     async def _call(self, path: str, arguments: dict[str, object], kind: type[_Answer]) -> _Answer:
         try:
-            # The total: httpx2's own timeouts are for each read, and a trickle never meets them.
             async with asyncio.timeout(self._timeout):
                 status, body = await self._post(path, msgspec.json.encode(arguments))
         except TimeoutError:
             raise self._error(path, f"no answer within {self._timeout:g} s") from None
-        if len(body) > _MAX_ANSWER_BYTES:
-            raise self._error(path, f"its answer is over {_MAX_ANSWER_BYTES} bytes")
         if status != 200:
             raise self._refusal(path, status, body)
         try:
@@ -122,43 +120,26 @@ class AgentClient:
             raise self._error(path, f"its answer is not what is expected: {exc}") from None
 
     async def _post(self, path: str, content: bytes) -> tuple[int, bytes]:
-        import httpx2  # here, since the sidecar starts faster when nothing needs it at import time
-
-        unix = self.address if isinstance(self.address, UnixAddress) else None
-        url = f"http://{'dstack' if unix else self.address}{path}"
-        headers = {"content-type": "application/json", "accept-encoding": "identity"}
-        transport = httpx2.AsyncHTTPTransport(
-            uds=unix.path if unix else None,
-            # For plain HTTP only: an empty context saves reading the system's authorities.
-            verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
-        )
-        # trust_env: a proxy named in the environment is the application's.
-        client = httpx2.AsyncClient(transport=transport, timeout=self._timeout, trust_env=False)
+        unix = isinstance(self.address, UnixAddress)
+        host = "dstack" if unix else str(self.address)
         try:
-            async with (
-                client,
-                client.stream("POST", url, content=content, headers=headers) as response,
-            ):
-                body = bytearray()
-                async for part in response.aiter_raw():
-                    body += part
-                    if len(body) > _MAX_ANSWER_BYTES:
-                        break  # which `_call` tells
-                return response.status_code, bytes(body)
-        except httpx2.ConnectError as exc:
+            return await call(
+                self.address, "POST", path, host=host, body=content, limit=_MAX_ANSWER_BYTES
+            )
+        except CallError as exc:
+            raise self._error(path, str(exc)) from exc
+        except OSError as exc:
             hint = "is its socket mounted into this container?" if unix else "is it running?"
-            raise self._error(path, f"cannot connect ({exc}): {hint}") from exc
-        except Exception as exc:  # what the library raises has no base in common
-            raise self._error(path, f"{type(exc).__name__}: {exc}") from exc
+            raise self._error(path, f"cannot connect ({reason(exc)}): {hint}") from exc
 
     def _refusal(self, path: str, status: int, body: bytes) -> AgentError:
         try:
-            reason = msgspec.json.decode(body, type=_Refusal).error
+            why = msgspec.json.decode(body, type=_Refusal).error
         except (ValueError, RecursionError):
-            reason = "no reason given"
-        unknown = status in (404, 405) or reason.startswith("Service not found")
+            why = "no reason given"
+        unknown = status in (404, 405) or why.startswith("Service not found")
         kind = _NoSuchCallError if unknown else AgentError
-        return self._error(path, f"status {status}: {reason[:_SHOWN_CHARACTERS]}", kind)
+        return self._error(path, f"status {status}: {why[:_SHOWN_CHARACTERS]}", kind)
 
     def _error(self, path: str, what: str, kind: type[AgentError] = AgentError) -> AgentError:
         call = path.partition("?")[0]

@@ -20,6 +20,9 @@ import msgspec
 from dstack_mesh.errors import GatewayUnknown
 from dstack_mesh.gateway_domain import Gateway, GatewayDomain, normalise_base_domain
 from dstack_mesh.log import event
+from dstack_mesh.model import TcpAddress
+from dstack_mesh.relay.call import CallError, call
+from dstack_mesh.relay.dial import reason
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,40 +101,36 @@ def read_info(answer: bytes) -> GatewayDomain:
 async def ask(url: str) -> GatewayDomain:
     """Ask the gateway at base URL `url` for its domain. Raises `GatewayLookupError`."""
     try:
-        # The total: httpx2's own timeouts are for each read, and a trickle never meets them.
         async with asyncio.timeout(ASK_TIMEOUT):
             return read_info(await _get(f"{url.rstrip('/')}/prpc/Info"))
     except TimeoutError as error:
         raise GatewayLookupError(f"no answer within {ASK_TIMEOUT:g} s") from error
-    except GatewayLookupError:
-        raise
-    except Exception as error:
-        # What the libraries raise for a URL from outside has no base in common, down to an
-        # exception group for a port; whatever it is, the next URL is to be asked.
-        raise GatewayLookupError(f"{type(error).__name__}: {error}") from error
+    except (CallError, ValueError) as error:  # ValueError: a host that is no name, a wild port
+        raise GatewayLookupError(str(error)) from error
+    except OSError as error:
+        raise GatewayLookupError(f"{type(error).__name__}: {reason(error)}") from error
 
 
 async def _get(url: str) -> bytes:
-    import httpx2  # here, since a sidecar that is told its gateway needs not spend the time
-
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
         raise GatewayLookupError("not an http or https URL")
-    # trust_env: a proxy named in the environment is the application's, and can't reach a gateway.
-    async with (
-        httpx2.AsyncClient(
-            verify=_unverified(), trust_env=False, timeout=ASK_TIMEOUT, follow_redirects=False
-        ) as client,
-        client.stream("GET", url, headers={"accept-encoding": "identity"}) as response,
-    ):
-        if response.status_code != 200:
-            raise GatewayLookupError(f"it answered with status {response.status_code}")
-        answer = b""
-        async for chunk in response.aiter_raw():
-            answer += chunk
-            if len(answer) > _MAX_ANSWER:
-                raise GatewayLookupError(f"its answer is larger than {_MAX_ANSWER} bytes")
-        return answer
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise GatewayLookupError("not a URL: it has characters that would need encoding")
+    tls = _unverified() if parts.scheme == "https" else None
+    port = parts.port or (443 if tls else 80)
+    target = f"{parts.path}?{parts.query}" if parts.query else parts.path
+    status, body = await call(
+        TcpAddress(parts.hostname, port),
+        "GET",
+        target,
+        host=parts.hostname if tls else parts.netloc.rpartition("@")[2],
+        limit=_MAX_ANSWER,
+        tls=tls,
+    )
+    if status != 200:
+        raise GatewayLookupError(f"it answered with status {status}")
+    return body
 
 
 def _unverified() -> ssl.SSLContext:

@@ -120,7 +120,9 @@ class MeshConnector:
         try:
             return self._identify(snapshot, upstream)
         except BaseException:
-            upstream.transport.abort()
+            # In order (RFC 8446 6.1), so that the other side sees a handshake and no request,
+            # not a connection that failed.
+            upstream.transport.close()
             raise
 
     def _identify(self, snapshot: Snapshot, upstream: Upstream) -> PeerIdentity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 from http import HTTPStatus
 
 import msgspec
@@ -46,14 +47,14 @@ def json_answer(status: int, value: object) -> Answer:
 
 
 def problem(error: MeshError, request_id: str) -> Answer:
-    """Make the problem details answer for `error` (RFC 9457)."""
+    """Make the problem details answer for `error` (RFC 9457); an empty id is made up."""
     body = {
         "type": "about:blank",
         "status": error.status,
         "title": error.title,
         "detail": error.detail,
         "code": error.code,
-        "request_id": request_id,
+        "request_id": request_id or secrets.token_hex(16),
     }
     fields = b"x-dstack-mesh-error: %b\r\n" % error.code.encode("ascii")
     if error.retry_after is not None:

@@ -200,8 +200,10 @@ class Downstream(asyncio.BufferedProtocol, Generic[P]):
             data = data[2:]  # RFC 9112 2.2: empty lines before a request line are passed over
         end = data.find(b"\r\n\r\n")
         try:
-            if end < 0 or end > MAX_HEAD_BYTES - 4:
+            if end < 0:
                 self._incomplete(data)
+            elif end > MAX_HEAD_BYTES - 4:
+                self._incomplete(data[: end + 4])
             else:
                 self._begin(data, end)
         except MeshError as error:
@@ -217,7 +219,7 @@ class Downstream(asyncio.BufferedProtocol, Generic[P]):
         line, ended, _ = data.partition(b"\r\n")
         if ended:
             parse_request_line(line)
-        elif data and not is_token(data.partition(b" ")[0]):
+        elif data not in (b"", b"\r") and not is_token(data.partition(b" ")[0]):
             raise BadRequest("what came is not HTTP/1.1; is it TLS, sent to a plain listener?")
         elif len(data) > MAX_REQUEST_TARGET_BYTES + 1024:
             raise UriTooLong(f"the request target is over {MAX_REQUEST_TARGET_BYTES} bytes")

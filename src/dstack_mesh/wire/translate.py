@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dstack_mesh.errors import UpstreamProtocolError
-from dstack_mesh.wire.body import Bytes, Decoder, chunk, decoder, last_chunk
+from dstack_mesh.wire.body import Bytes, CloseDecoder, Decoder, chunk, decoder, last_chunk
 from dstack_mesh.wire.fields import MalformedError
 from dstack_mesh.wire.framing import Framing, response_framing
 from dstack_mesh.wire.limits import MAX_HEAD_BYTES, MAX_INTERIM_RESPONSES
@@ -139,7 +139,7 @@ class Response:
 
     def end(self, clean: bool) -> bytes | None:
         """Give the last bytes to send now that the connection has ended; `None`: broken off."""
-        if self.status and clean and self._decoder is not None:
+        if clean and isinstance(self._decoder, CloseDecoder):
             self.done = True
             return last_chunk(b"") if self._rechunk else b""
         return None
