@@ -1,0 +1,1 @@
+"""Measurements of the mesh, where one matters beside nginx in the same run."""
