@@ -17,7 +17,17 @@ def simulator(apps: str) -> Iterator[dict[str, Any]]:
     """Run `dstack-mesh sim`; give its description of the world."""
     with tempfile.TemporaryDirectory(prefix="mesh-bench-") as directory:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dstack_mesh", "sim", "--apps", apps, "--json", "--dir", str(Path(directory) / "world")],
+            [
+                sys.executable,
+                "-m",
+                "dstack_mesh",
+                "sim",
+                "--apps",
+                apps,
+                "--json",
+                "--dir",
+                str(Path(directory) / "world"),
+            ],
             stdout=subprocess.PIPE,
         )
         try:

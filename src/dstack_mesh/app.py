@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import socket
 import ssl
@@ -118,7 +119,8 @@ class Sidecar:
             gateway_connect=settings.dstack.gateway_connect,
             connect_timeout=settings.outbound.connect_timeout,
         )
-        return OutboundProxy(self._pool, self.identity, self.directory, options)
+        count = functools.partial(self.metrics.count_handshake, "outbound")
+        return OutboundProxy(self._pool, self.identity, self.directory, options, count)
 
     def _make_listener(self) -> TlsListener | None:
         """Make the inbound side; there is none without a backend."""
@@ -131,9 +133,10 @@ class Sidecar:
             allow=settings.inbound.allow,
             connect_timeout=settings.outbound.connect_timeout,
         )
-        terminator = Terminator(self._pool, self.identity, options)
+        terminator = Terminator(self._pool, self.identity, options, self.metrics.count_decision)
         limit = settings.max_connections
-        return TlsListener(self._inbound, terminator, self.identity, limit)
+        count = functools.partial(self.metrics.count_handshake, "inbound")
+        return TlsListener(self._inbound, terminator, self.identity, limit, count)
 
     def _make_admin(self) -> Admin:
         settings = self.settings
@@ -285,10 +288,17 @@ class Sidecar:
             if current is not None:
                 yield "", {}, current.not_after
 
-        self.metrics.gauge("connections_open", "Open connections.", connections)
-        self.metrics.gauge("pool_connections", "Connections to upstreams.", pool)
-        self.metrics.gauge(
-            "identity_expiry_timestamp_seconds", "When our certificate expires.", expiry
+        def renewals() -> Iterable[Sample]:
+            yield "", {"result": "ok"}, self.identity.fetched
+            yield "", {"result": "failed"}, self.identity.failed
+
+        self.metrics.read(
+            "identity_renewals_total", "counter", "Certificates fetched for ourselves.", renewals
+        )
+        self.metrics.read("connections_open", "gauge", "Open connections.", connections)
+        self.metrics.read("pool_connections", "gauge", "Connections to upstreams.", pool)
+        self.metrics.read(
+            "identity_expiry_timestamp_seconds", "gauge", "When our certificate expires.", expiry
         )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ssl
 
+from dstack_mesh.demo import client
 from dstack_mesh.demo.act import Act, Outcome, short
 from dstack_mesh.demo.client import Answer
 from dstack_mesh.demo.stage import CALLER, OTHER, TARGET, Stage
@@ -73,7 +73,7 @@ async def _nameless_caller(stage: Stage) -> Outcome:
 
 async def _post_to_other(stage: Stage) -> Answer:
     headers = {"x-dstack-target-app": stage.other_app_id, "authorization": "Bearer of-value"}
-    return await stage.client.post(stage.url("/upload"), headers, _SECRET)
+    return await client.post(stage.caller.outbound, "/upload", headers, [_SECRET], len(_SECRET))
 
 
 async def _call_impostor(stage: Stage, kind: Kind) -> tuple[Answer, Impostor]:
@@ -98,28 +98,12 @@ async def _call_directly(stage: Stage, chain: Issued | None) -> str:
     context.verify_mode = ssl.CERT_NONE  # whoever does this has no reason to verify the target
     if chain is not None:
         chain.load_into(context)
-    port = int(stage.target_app.env["MESH_DEFAULT_PORT"])
     try:
-        async with asyncio.timeout(_SECONDS):
-            reader, writer = await asyncio.open_connection(stage.target_app.host, port, ssl=context)
-            try:
-                writer.write(b"GET /echo HTTP/1.1\r\nHost: billing\r\nConnection: close\r\n\r\n")
-                return _read(await reader.read(65536))
-            finally:
-                writer.close()
-                with contextlib.suppress(OSError):
-                    await writer.wait_closed()
+        return str(
+            await client.get(stage.target_app.env["MESH_INBOUND_LISTEN"], "/echo", tls=context)
+        )
     except ssl.SSLError as error:
         return describe_tls_failure(error).replace("the peer", f"{TARGET}'s sidecar")
-
-
-def _read(response: bytes) -> str:
-    """Give status and the mesh's error code of a response that came in one piece."""
-    head = response.partition(b"\r\n\r\n")[0].decode("latin-1")
-    status, *fields = head.split("\r\n")
-    pairs = (line.partition(":") for line in fields)
-    codes = [v.strip() for name, _, v in pairs if name.lower() == "x-dstack-mesh-error"]
-    return " ".join([*status.split()[1:2], *codes]) or "no answer"
 
 
 def _requests(count: int) -> str:

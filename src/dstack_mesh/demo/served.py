@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
+from dstack_mesh.demo import client
 from dstack_mesh.demo.act import Act, Outcome, short
 from dstack_mesh.demo.client import Answer
 from dstack_mesh.demo.stage import CALLER, TARGET, Stage
@@ -27,7 +28,7 @@ _FORGED = "f" * 40
 
 
 async def _info(stage: Stage) -> Outcome:
-    answer = await stage.client.get(stage.url("/info"))
+    answer = await client.get(stage.caller.outbound, "/info")
     app_id = answer.field("app_id")
     return Outcome(
         ok=answer.status == 200 and app_id == stage.caller_app.app_id,
@@ -37,7 +38,7 @@ async def _info(stage: Stage) -> Outcome:
 
 async def _call(stage: Stage) -> Outcome:
     started = time.monotonic()
-    answer = await stage.client.get(stage.url("/echo"), _to_target(stage))
+    answer = await client.get(stage.caller.outbound, "/echo", _to_target(stage))
     milliseconds = (time.monotonic() - started) * 1000
     seen = _callers_seen(answer)
     return Outcome(
@@ -48,7 +49,7 @@ async def _call(stage: Stage) -> Outcome:
 
 async def _forge(stage: Stage) -> Outcome:
     headers = {**_to_target(stage), "X-Dstack-App-Id": _FORGED, "x_dstack_app_id": _FORGED}
-    answer = await stage.client.get(stage.url("/echo"), headers)
+    answer = await client.get(stage.caller.outbound, "/echo", headers)
     seen = _callers_seen(answer)
     return Outcome(
         ok=answer.status == 200 and seen == [stage.caller_app.app_id],
@@ -59,7 +60,7 @@ async def _forge(stage: Stage) -> Outcome:
 async def _upload(stage: Stage) -> Outcome:
     digest = hashlib.sha256()
 
-    async def body() -> AsyncIterator[bytes]:
+    def body() -> Iterator[bytes]:
         left = UPLOAD_BYTES
         while left:
             piece = _PIECE[:left]
@@ -69,8 +70,9 @@ async def _upload(stage: Stage) -> Outcome:
 
     before = [sidecar.memory() for sidecar in stage.sidecars]
     started = time.monotonic()
-    headers = {**_to_target(stage), "content-length": str(UPLOAD_BYTES)}
-    answer = await stage.client.post(stage.url("/upload"), headers, body())
+    answer = await client.post(
+        stage.caller.outbound, "/upload", _to_target(stage), body(), UPLOAD_BYTES
+    )
     seconds = time.monotonic() - started
     after = [sidecar.memory() for sidecar in stage.sidecars]
     growth = [max(b.peak - a.now, 0) for a, b in zip(before, after, strict=True)]
@@ -103,7 +105,7 @@ async def _events(stage: Stage) -> Outcome:
 
     stage.backend.on("/ticks", answer)
     arrived: list[float] = []
-    async for line in stage.client.lines(stage.url("/ticks"), _to_target(stage)):
+    async for line in client.lines(stage.caller.outbound, "/ticks", _to_target(stage)):
         if line.startswith("data:"):
             arrived.append(time.monotonic())
     delays = [late - early for early, late in zip(sent, arrived, strict=False)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dstack_mesh.demo.client import Client
+from dstack_mesh.demo import client
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -70,10 +70,10 @@ class Sidecar:
             except OSError as error:
                 raise SidecarError(f"{self.name}'s sidecar cannot be started: {error}") from error
 
-    async def wait_ready(self, client: Client) -> None:
+    async def wait_ready(self) -> None:
         """Return when it says so itself (`/readyz`). Raises `SidecarError`."""
         deadline = time.monotonic() + START_SECONDS
-        while not await self._ready(client):
+        while not await self._ready():
             if self.ended is not None:
                 raise SidecarError(self.describe_end())
             if time.monotonic() > deadline:
@@ -129,13 +129,13 @@ class Sidecar:
             raise OSError(f"/proc/{self.pid}/status has no VmRSS")
         return Memory(found["VmRSS"], max(found.get("VmHWM", 0), found["VmRSS"]))
 
-    async def _ready(self, client: Client) -> bool:
+    async def _ready(self) -> bool:
         if not self._ready_file.exists():
             return False
         bound = json.loads(self._ready_file.read_text())
         self.outbound, self.admin = bound["outbound"], bound["admin"]
         try:
-            return (await client.get(f"http://{self.admin}/readyz")).status == 200
+            return (await client.get(self.admin, "/readyz")).status == 200
         except OSError:
             return False
 

@@ -1,4 +1,4 @@
-"""What the demo plays on: a simulated dstack, two sidecars, a backend, a client."""
+"""What the demo plays on: a simulated dstack, two sidecars and a backend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from dstack_mesh.demo.client import Client
 from dstack_mesh.demo.sidecar import Sidecar, SidecarError
 from dstack_mesh.model import AppId
 from dstack_mesh.sim.backend import Backend
@@ -35,7 +34,6 @@ class Stage:
 
     world: World
     backend: Backend
-    client: Client
     caller: Sidecar
     target: Sidecar
 
@@ -81,10 +79,6 @@ class Stage:
         """Both of them."""
         return self.caller, self.target
 
-    def url(self, path: str) -> str:
-        """Give the URL of `path` at the caller's sidecar."""
-        return f"http://{self.caller.outbound}{path}"
-
     def lead_astray(self, app_id: AppId, host: str, port: int | None = None) -> None:
         """Have the gateway lead `app_id` to `host` from now on, as a hostile gateway could."""
         self.world.gateway.remove_route(app_id)
@@ -98,7 +92,6 @@ class Stage:
         push = self._stack.enter_async_context
         directory = Path(self._stack.enter_context(_temporary_directory()))
         self.world = await push(World([CALLER, TARGET], directory))
-        self.client = await push(Client())
         self.backend = Backend(TARGET)
         self._stack.push_async_callback(self.backend.aclose)
         address = await self.backend.start()
@@ -107,7 +100,7 @@ class Stage:
         for sidecar in self.sidecars:
             self._stack.push_async_callback(sidecar.stop)
             await sidecar.start()
-        await asyncio.gather(*(sidecar.wait_ready(self.client) for sidecar in self.sidecars))
+        await asyncio.gather(*(sidecar.wait_ready() for sidecar in self.sidecars))
 
     def _sidecar(self, app: SimApp, **environ: str) -> Sidecar:
         own = {

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import ssl
+from collections.abc import Callable
 
 from dstack_mesh.identity.store import IdentityStore, Snapshot
 from dstack_mesh.identity.tls import accept_tls, describe_tls_failure
@@ -28,7 +29,10 @@ class TlsListener:
         terminator: Terminator,
         identity: IdentityStore,
         max_connections: int,
+        count_handshake: Callable[[str], None] = lambda result: None,
     ) -> None:
+        """`count_handshake` is called with `ok` or `failed` for each TLS handshake."""
+        self._count_handshake = count_handshake
         self._service = service
         self._terminator = terminator
         self._identity = identity
@@ -82,6 +86,9 @@ class TlsListener:
                 worker.timeouts.head,
             )
         except (OSError, ssl.SSLError, TimeoutError) as error:
+            self._count_handshake("failed")
             event(
                 log, logging.DEBUG, "inbound_handshake_failed", reason=describe_tls_failure(error)
             )
+        else:
+            self._count_handshake("ok")

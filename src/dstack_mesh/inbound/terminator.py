@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dstack_mesh.errors import ClientCertRequired, ClientCertUntrusted, MeshError, PolicyDenied
@@ -56,7 +57,15 @@ class InboundOptions:
 class Terminator:
     """What all connections of the inbound listener share."""
 
-    def __init__(self, pool: Pool, identity: IdentityStore, options: InboundOptions) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        identity: IdentityStore,
+        options: InboundOptions,
+        count_decision: Callable[[str], None] = lambda decision: None,
+    ) -> None:
+        """`count_decision` is called with `allow` or `deny` for each decision of policy."""
+        self.count_decision = count_decision
         self.identity = identity
         self.allow = options.allow
         self.plans: BlockMemo[InboundPlan] = BlockMemo(
@@ -146,5 +155,7 @@ class Caller:
         if time.time() >= peer.not_after:
             raise ClientCertUntrusted("the client certificate has expired since it was shown")
         own = self._snapshot.app_id
-        if not self._shared.allow.permits(peer.app_id, own):
+        allowed = self._shared.allow.permits(peer.app_id, own)
+        self._shared.count_decision("allow" if allowed else "deny")
+        if not allowed:
             raise PolicyDenied(self._shared.allow.denial(peer.app_id))

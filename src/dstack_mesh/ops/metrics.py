@@ -43,17 +43,23 @@ class Metrics:
         self._requests: Counter[tuple[str, bytes, int, str]] = Counter()
         self._bytes: Counter[tuple[str, str]] = Counter()
         self._durations: dict[str, _Histogram] = {}
-        self.handshakes: Counter[tuple[str, str]] = Counter()
-        """By direction and result."""
-        self.renewals: Counter[str] = Counter()
-        """Identity renewals by result."""
-        self.decisions: Counter[str] = Counter()
-        """Policy decisions."""
-        self._gauges: list[tuple[str, str, Callable[[], Iterable[Sample]]]] = []
+        self._handshakes: Counter[tuple[str, str]] = Counter()
+        self._decisions: Counter[str] = Counter()
+        self._read: list[tuple[str, str, str, Callable[[], Iterable[Sample]]]] = []
 
-    def gauge(self, name: str, help_: str, read: Callable[[], Iterable[Sample]]) -> None:
-        """Have `read` asked for a gauge's samples each time the text is made."""
-        self._gauges.append((name, help_, read))
+    def read(
+        self, name: str, kind: str, help_: str, samples: Callable[[], Iterable[Sample]]
+    ) -> None:
+        """Have `samples` asked for a gauge or counter each time the text is made."""
+        self._read.append((name, kind, help_, samples))
+
+    def count_handshake(self, direction: str, result: str) -> None:
+        """Count a TLS handshake."""
+        self._handshakes[direction, result] += 1
+
+    def count_decision(self, decision: str) -> None:
+        """Count a decision of policy."""
+        self._decisions[decision] += 1
 
     def record(self, direction: str, exchange: Exchange, seconds: float) -> None:
         """Count an exchange that has ended; `seconds` is its duration."""
@@ -101,17 +107,13 @@ class Metrics:
             "TLS handshakes.",
             (
                 ("", {"direction": direction, "result": result}, count)
-                for (direction, result), count in sorted(self.handshakes.items())
+                for (direction, result), count in sorted(self._handshakes.items())
             ),
         )
-        for name, help_, counter, label in (
-            ("identity_renewals_total", "Renewals of our identity.", self.renewals, "result"),
-            ("policy_decisions_total", "Policy decisions.", self.decisions, "decision"),
-        ):
-            samples = (("", {label: key}, count) for key, count in sorted(counter.items()))
-            _metric(lines, name, "counter", help_, samples)
-        for name, help_, read in self._gauges:
-            _metric(lines, name, "gauge", help_, read())
+        decisions = (("", {"decision": key}, n) for key, n in sorted(self._decisions.items()))
+        _metric(lines, "policy_decisions_total", "counter", "Policy decisions.", decisions)
+        for name, kind, help_, read in self._read:
+            _metric(lines, name, kind, help_, read())
         build = [("", {"version": self._version}, 1)]
         _metric(lines, "build_info", "gauge", "The running version.", build)
         return "\n".join(lines) + "\n"

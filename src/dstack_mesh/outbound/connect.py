@@ -37,12 +37,17 @@ class MeshConnector:
         identity: IdentityStore,
         connect_timeout: float,
         gateway_failed: Callable[[], None],
+        count_handshake: Callable[[str], None],
     ) -> None:
-        """`gateway_failed` is called when the gateway's address could not be reached."""
+        """`gateway_failed` is called when the gateway's address could not be reached.
+
+        `count_handshake` is called with `ok`, or with the error's code, for each TLS handshake.
+        """
         self._endpoint = endpoint
         self._identity = identity
         self._timeout = connect_timeout
         self._gateway_failed = gateway_failed
+        self._count_handshake = count_handshake
 
     async def connect(self, lane: Lane) -> Upstream:
         """See `Connector`."""
@@ -53,14 +58,21 @@ class MeshConnector:
                 sock = await self._tcp(lane)
                 stage = "the TLS handshake"
                 upstream = await self._tls(lane, snapshot, sock)
+                peer = self._verify(snapshot, upstream)
         except TimeoutError:
             if stage == "the TCP connection":
                 self._gateway_failed()
+            else:
+                self._count_handshake(ConnectTimeout.code)
             raise ConnectTimeout(
                 f"{stage} with {self._name()} did not finish within {self._timeout:g} s "
                 "(MESH_CONNECT_TIMEOUT)"
             ) from None
-        upstream.admit(self._verify(snapshot, upstream), snapshot.generation)
+        except (PeerUntrusted, PeerAppIdMismatch, PeerRejectedUs, TlsFailed) as error:
+            self._count_handshake(error.code)
+            raise
+        self._count_handshake("ok")
+        upstream.admit(peer, snapshot.generation)
         return upstream
 
     def lost(self, exc: Exception | None) -> MeshError:

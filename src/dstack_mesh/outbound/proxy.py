@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,11 +69,13 @@ class OutboundProxy:
         identity: IdentityStore,
         directory: GatewayDirectory,
         options: OutboundOptions,
+        count_handshake: Callable[[str], None] = lambda result: None,
     ) -> None:
         self._pool = pool
         self._identity = identity
         self._directory = directory
         self._options = options
+        self._count_handshake = count_handshake
         self._plans: BlockMemo[OutboundPlan] = BlockMemo(
             lambda block: OutboundPlan(parse_request_fields(block, 1, _REMOVE))
         )
@@ -158,6 +161,7 @@ class OutboundProxy:
                 self._identity,
                 self._options.connect_timeout,
                 self._directory.connection_failed,
+                self._count_handshake,
             ),
         )
 

@@ -117,7 +117,7 @@ class ChunkedDecoder:
         if self._state == self._DATA_END and not b"\r\n".startswith(line):
             raise MalformedError("a chunk longer than its size")
         if end < 0:
-            if len(line) > MAX_CHUNK_LINE_BYTES:
+            if len(line) > MAX_CHUNK_LINE_BYTES + 1:  # the CR may be there, and its LF not yet
                 raise TooLargeError(f"a chunk line of over {MAX_CHUNK_LINE_BYTES} bytes")
             self._line = line
             return len(piece)

@@ -10,6 +10,9 @@ MAX_FIELDS = 128
 
 MAX_REQUEST_TARGET_BYTES = 16 * 1024
 
+MAX_REQUEST_LINE_BYTES = MAX_REQUEST_TARGET_BYTES + 1024
+"""The first line without its CRLF; what is beyond the target is room for a method."""
+
 MAX_INTERIM_RESPONSES = 16
 """1xx answers before a final one."""
 

@@ -24,13 +24,14 @@ from dstack_mesh.wire.framing import (
     persists,
     request_framing,
 )
-from dstack_mesh.wire.limits import MAX_REQUEST_TARGET_BYTES
+from dstack_mesh.wire.limits import MAX_REQUEST_LINE_BYTES, MAX_REQUEST_TARGET_BYTES
 
 # RFC 9112 section 3: one space between the parts. A fragment is never part of a request target.
 _request_line = re.compile(rb"(" + TOKEN + rb"++) ([!\"$-~]++) HTTP/1\.([01])").fullmatch
 _HOST = rb"[A-Za-z0-9\-._~%!$&'()*+,;=:\[\]]"  # RFC 3986 3.2.2 and 3.2.3, without userinfo
 _absolute_form = re.compile(rb"https?://(" + _HOST + rb"++)([/?].*+)?", re.IGNORECASE).fullmatch
 _valid_host = re.compile(_HOST + rb"*+").fullmatch
+_protocol = re.compile(TOKEN + rb"++(?:/" + TOKEN + rb"++)?").fullmatch  # RFC 9110 7.8
 
 
 class RequestLine(NamedTuple):
@@ -104,7 +105,7 @@ def parse_request_line(line: bytes) -> RequestLine:
             raise UriTooLong(_TOO_LONG)
         raise BadRequest("the request line is not `METHOD target HTTP/1.1` or `HTTP/1.0`")
     method, target, minor = match.groups()
-    if len(target) > MAX_REQUEST_TARGET_BYTES:
+    if len(target) > MAX_REQUEST_TARGET_BYTES or len(line) > MAX_REQUEST_LINE_BYTES:
         raise UriTooLong(_TOO_LONG)
     if method == b"CONNECT":
         raise BadRequest("CONNECT is not served; name the target app in `x-dstack-target-app`")
@@ -229,16 +230,19 @@ def _with_authority(kept: list[Field], authority: bytes) -> list[Field]:
     return [(b"Host", authority), *others]
 
 
+_NEVER_ASKED_FOR = (b"h2", b"h3", b"http/", b"tls/")
+
+
 def _upgrade(values: list[bytes], options: frozenset[bytes], minor: int) -> bytes:
-    """Give the protocols that may be asked for on the client's behalf.
+    """Give the protocols that may be asked for on the client's behalf; malformed ones are left out.
 
     HTTP/2 and TLS inside an upgraded connection would carry requests that no rule has seen.
     """
     if not values or minor == 0 or b"upgrade" not in options:
         return b""
-    protocols = [p.strip(b" \t") for value in values for p in value.split(b",")]
+    offered = [p.strip(b" \t") for value in values for p in value.split(b",")]
     return b", ".join(
-        [p for p in protocols if p and not p.lower().startswith((b"h2", b"h3", b"http/", b"tls/"))]
+        [p for p in offered if _protocol(p) and not p.lower().startswith(_NEVER_ASKED_FOR)]
     )
 
 

@@ -121,7 +121,7 @@ class Response:
         text = self._partial + bytes(data) if self._partial else bytes(data)
         out = b""
         while (end := text.find(b"\r\n\r\n")) >= 0:
-            if end > MAX_HEAD_BYTES:
+            if end + 4 > MAX_HEAD_BYTES:
                 raise UpstreamProtocolError(_HEAD_TOO_LARGE)
             eol = text.find(b"\r\n")
             line = parse_status_line(text[:eol])
