@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
 from typing import TYPE_CHECKING
 
@@ -195,8 +196,8 @@ async def test_unix_socket_is_made_and_removed_and_not_taken_over(tmp_path: Path
 
 async def test_stale_socket_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "http.sock"
-    server = await asyncio.start_unix_server(lambda *_: None, path)
-    server.close()
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(str(path))
     assert path.exists()
     again = HttpServer(echo)
     await again.start(UnixAddress(str(path)))
