@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 
 BACKLOG = 1024
 
+KEEPALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+)
+"""A dead peer of a silent stream is noticed within two minutes. Accepted sockets inherit these."""
+
 _REASONS = {
     errno.EADDRINUSE: "another process listens there: end it, or choose another address",
     errno.EADDRNOTAVAIL: "no interface of this machine has this address",
@@ -87,6 +95,8 @@ def _bind_tcp(address: TcpAddress) -> ListeningSocket:
         if family == socket.AF_INET6:
             only_v6 = address.host != "::"
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only_v6)
+        for option in KEEPALIVE:
+            sock.setsockopt(*option)
         sock.setblocking(False)
         sock.bind(where)
         sock.listen(BACKLOG)

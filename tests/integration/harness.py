@@ -123,6 +123,10 @@ class Client:
                 data += piece
         return data
 
+    def reset(self) -> None:
+        """End the connection with a reset."""
+        reset(self.writer)
+
     async def closed(self) -> bytes:
         """Read to the end of the connection; a reset counts as one."""
         data = b""
@@ -260,6 +264,13 @@ def problem(answer: Answer, code: str, status: int) -> dict[str, object]:
     return fields
 
 
+def reset(writer: asyncio.StreamWriter) -> None:
+    """End a connection with a reset."""
+    sock = writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
 class Wire:
     """A connection at an `Origin`: bare bytes, and a record of all that came."""
 
@@ -316,9 +327,7 @@ class Wire:
 
     def reset(self) -> None:
         """End the connection with a reset."""
-        sock = self._writer.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._writer.transport.abort()
+        reset(self._writer)
 
 
 class Origin:
@@ -337,7 +346,8 @@ class Origin:
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> TcpAddress:
         self._server = await asyncio.start_server(self._accept, host, port)
-        return tcp("%s:%d" % self._server.sockets[0].getsockname()[:2])
+        bound_host, bound_port = self._server.sockets[0].getsockname()[:2]
+        return TcpAddress(bound_host, bound_port)
 
     async def aclose(self) -> None:
         if self._server is not None:
@@ -397,5 +407,5 @@ async def mesh_before(
     """Open a mesh of `a` and `b`, where `b`'s backend is an `Origin`; `environ` is for both."""
     async with origin(serve) as (backend, address), mesh(tmp_path) as one:
         await one.start("a", backend=False, **environ)
-        await one.start("b", MESH_BACKEND=str(address), **environ)
+        await one.start("b", backend=True, MESH_BACKEND=str(address), **environ)
         yield one, backend

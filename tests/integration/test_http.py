@@ -8,7 +8,7 @@ import hashlib
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,6 @@ import pytest
 from dstack_mesh.sim.messages import Answer as SimAnswer
 from dstack_mesh.sim.messages import Raw, Request, Response
 from tests.integration.harness import (
-    Answer,
     Client,
     Mesh,
     Wire,
@@ -24,7 +23,6 @@ from tests.integration.harness import (
     eventually,
     mesh,
     mesh_before,
-    origin,
     problem,
     request,
 )

@@ -12,11 +12,15 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+
 from dstack_mesh.app import Sidecar
 from dstack_mesh.model import AppId, TcpAddress
+from dstack_mesh.sim import certificates as certs
 from dstack_mesh.sim.certificates import Issued
 from dstack_mesh.sim.impostor import Impostor
-from dstack_mesh.sim.kms import Kms
+from dstack_mesh.sim.kms import APP_CA_NAME, Kms
 from tests.integration.harness import Answer, Client, Mesh, eventually, mesh, request
 
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
@@ -27,6 +31,18 @@ _ALERT = re.compile(r"(?:SSLV3|TLSV1|TLSV13)_(?:ALERT_)?(\w+)")
 def new_app_id() -> AppId:
     """Give an app-id that nobody else has: no test can meet another one's connections."""
     return AppId(os.urandom(20).hex())
+
+
+def real_chain(kms: Kms, app_id: AppId, like: Issued) -> Issued:
+    """Issue a good chain with a key of the type that `like` has: see `Impostor.show`."""
+    key = serialization.load_pem_private_key(like.key_pem, None)
+    if not isinstance(key, rsa.RSAPrivateKey):
+        return kms.issue(app_id)
+    ca_key, ca = kms.app_ca(app_id)
+    extensions = certs.leaf_extensions((), server_auth=True, client_auth=True)
+    extensions += [certs.app_id_extension(app_id), certs.usage_extension("app:custom")]
+    strong = rsa.generate_private_key(65_537, 2048)
+    return kms.sign_leaf(APP_CA_NAME, ca_key, extensions, (ca, kms.root), key=strong)
 
 
 def any_answer(received: bytes) -> bytes | None:
@@ -144,7 +160,21 @@ def _alert_of(address: TcpAddress, context: ssl.SSLContext) -> str:
                 tls.sendall(request("POST", "/secret", body=b"x" * 1000))
                 received = tls.recv(65536)
         except ssl.SSLError as error:
-            match = _ALERT.fullmatch(error.reason or "")
-            assert match is not None, f"no alert: {error!r}"
-            return match[1].lower()
+            if match := _ALERT.fullmatch(error.reason or ""):
+                return match[1].lower()
+            raise
     raise AssertionError(f"no alert; received {received!r}")
+
+
+def resumes(address: TcpAddress, context: ssl.SSLContext) -> bool:
+    """Have an exchange, then offer its session (or ticket) again; tell whether it was taken."""
+    session: ssl.SSLSession | None = None
+    for _ in range(2):
+        with (
+            socket.create_connection((address.host, address.port), timeout=10) as plain,
+            context.wrap_socket(plain, session=session) as tls,
+        ):
+            tls.sendall(request())
+            assert tls.recv(65536).startswith(b"HTTP/1.1 200 ")
+            session, reused = tls.session, bool(tls.session_reused)
+    return reused

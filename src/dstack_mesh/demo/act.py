@@ -56,7 +56,7 @@ async def play(act: Act, stage: Stage) -> Result:
     except Exception as error:
         outcome = Outcome(ok=False, happened=f"{type(error).__name__}: {error}")
     if fallen := stage.fallen():
-        outcome = Outcome(ok=False, happened=f"{outcome.happened}; {fallen}")
+        outcome = Outcome(ok=False, happened=f"{outcome.happened}\n{fallen}")
     return Result(act, outcome, time.monotonic() - started)
 
 

@@ -13,7 +13,7 @@ import h11
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Mapping
 
 _T = TypeVar("_T")
 
@@ -105,7 +105,7 @@ def _request(method: str, path: str, headers: Mapping[str, str] | None) -> h11.R
 
 async def _exchange(
     address: str, request: h11.Request, body: Iterable[bytes], tls: ssl.SSLContext | None
-) -> AsyncIterator[h11.Event]:
+) -> AsyncGenerator[h11.Event, None]:
     """Give what h11 makes of the answer, as it comes. Raises `OSError`."""
     host, _, port = address.rpartition(":")
     http = h11.Connection(h11.CLIENT)

@@ -6,7 +6,7 @@ import asyncio
 import ssl
 
 from dstack_mesh.demo import client
-from dstack_mesh.demo.act import Act, Outcome, short
+from dstack_mesh.demo.act import Act, Outcome
 from dstack_mesh.demo.client import Answer
 from dstack_mesh.demo.stage import CALLER, OTHER, TARGET, Stage
 from dstack_mesh.identity.tls import describe_tls_failure
@@ -24,11 +24,10 @@ async def _wrong_app(stage: Stage) -> Outcome:
     before = len(stage.backend.requests)
     answer = await _post_to_other(stage)
     reached = len(stage.backend.requests) - before
-    who = short(stage.target_app.app_id)
     named = stage.target_app.app_id in answer.field("detail")
     return Outcome(
         ok=str(answer) == "502 peer_app_id_mismatch" and named and reached == 0,
-        happened=f"{answer}{f' (it is {who})' if named else ''}; {_requests(reached)}",
+        happened=f"{answer}{f', it is {TARGET}' if named else ''}\n{_requests(reached)}",
     )
 
 
@@ -38,7 +37,7 @@ async def _foreign_target(stage: Stage) -> Outcome:
         ok=str(answer) == "502 peer_untrusted"
         and impostor.connections == 1
         and impostor.handshakes == impostor.application_bytes == 0,
-        happened=f"{answer}; {_arrived(impostor)}",
+        happened=f"{answer}\n{_arrived(impostor)}",
     )
 
 
@@ -48,7 +47,7 @@ async def _impostor(stage: Stage) -> Outcome:
         ok=str(answer) == "502 peer_untrusted"
         and impostor.handshakes == 1
         and impostor.application_bytes == 0,
-        happened=f"{answer}; {_arrived(impostor)}",
+        happened=f"{answer}\n{_arrived(impostor)}",
     )
 
 
@@ -58,7 +57,7 @@ async def _foreign_caller(stage: Stage) -> Outcome:
     said = await _call_directly(stage, chain)
     reached = len(stage.backend.requests) - before
     refused = "refused our certificate" in said
-    return Outcome(ok=refused and reached == 0, happened=f"{said}; {_requests(reached)}")
+    return Outcome(ok=refused and reached == 0, happened=f"{said}\n{_requests(reached)}")
 
 
 async def _nameless_caller(stage: Stage) -> Outcome:
@@ -67,7 +66,7 @@ async def _nameless_caller(stage: Stage) -> Outcome:
     reached = len(stage.backend.requests) - before
     return Outcome(
         ok=said == "401 client_cert_required" and reached == 0,
-        happened=f"{said}; {_requests(reached)}",
+        happened=f"{said}\n{_requests(reached)}",
     )
 
 
@@ -88,6 +87,8 @@ async def _call_impostor(stage: Stage, kind: Kind) -> tuple[Answer, Impostor]:
         await asyncio.to_thread(
             impostor.wait, lambda: impostor.closed + len(impostor.failures) >= 1, _SECONDS
         )
+    # Where a mesh that is kept running is to find it: see `play.suggestions`.
+    stage.lead_astray(stage.other_app_id, stage.target_app.host)
     return answer, impostor
 
 
@@ -107,14 +108,12 @@ async def _call_directly(stage: Stage, chain: Issued | None) -> str:
 
 
 def _requests(count: int) -> str:
-    return f"requests that reached the backend: {count}"
+    return f"{count} requests reached {TARGET}'s backend"
 
 
 def _arrived(impostor: Impostor) -> str:
-    return (
-        f"completed handshakes: {impostor.handshakes}, "
-        f"application bytes that arrived: {impostor.application_bytes}"
-    )
+    handshakes = "1 handshake" if impostor.handshakes == 1 else f"{impostor.handshakes} handshakes"
+    return f"it completed {handshakes} and got {impostor.application_bytes} bytes of the request"
 
 
 ACTS = (

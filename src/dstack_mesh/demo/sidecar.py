@@ -112,11 +112,11 @@ class Sidecar:
         """The exit status once the process has ended; negative for a signal."""
         return self._process.returncode if self._process is not None else None
 
-    def describe_end(self) -> str:
+    def describe_end(self, *, with_log: bool = True) -> str:
         """Say how the process ended, with the last line of its log."""
         status = self.ended
         how = f"by signal {-status}" if status is not None and status < 0 else f"with {status}"
-        return f"{self.name}'s sidecar ended {how}{self._said()}"
+        return f"{self.name}'s sidecar ended {how}{self._said() if with_log else ''}"
 
     def memory(self) -> Memory:
         """Read the memory from /proc. Raises `OSError`, also where /proc does not tell."""

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from dstack_mesh.demo.act import short
 from dstack_mesh.demo.sidecar import Sidecar, SidecarError
 from dstack_mesh.model import AppId
 from dstack_mesh.sim.backend import Backend
@@ -79,14 +80,30 @@ class Stage:
         """Both of them."""
         return self.caller, self.target
 
+    def who(self, app_id: str) -> str:
+        """Name an app-id that somebody told, for a reader."""
+        found = [app.name for app in self.world.apps.values() if app.app_id == app_id]
+        return f"{short(app_id)}, {found[0]}" if found else short(app_id) or "missing"
+
     def lead_astray(self, app_id: AppId, host: str, port: int | None = None) -> None:
         """Have the gateway lead `app_id` to `host` from now on, as a hostile gateway could."""
         self.world.gateway.remove_route(app_id)
         self.world.gateway.add_route(app_id, host, port)
 
-    def fallen(self) -> str:
-        """Say which sidecar has ended by itself and how; empty while both run."""
+    async def wait_fallen(self) -> str:
+        """Return when a sidecar has ended by itself, with how and why."""
+        ends = [asyncio.ensure_future(sidecar.wait_ended()) for sidecar in self.sidecars]
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for end in ends:
+                end.cancel()
         return "; ".join(s.describe_end() for s in self.sidecars if s.ended is not None)
+
+    def fallen(self) -> str:
+        """Say which sidecar has ended by itself; empty while both run."""
+        ended = [s for s in self.sidecars if s.ended is not None]
+        return "; ".join(s.describe_end(with_log=False) for s in ended)
 
     async def _start(self) -> None:
         push = self._stack.enter_async_context

@@ -14,8 +14,8 @@ from dstack_mesh.model import Address, PeerIdentity, Role
 from dstack_mesh.policy.allow import Allow
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.dial import PlainConnector, authority
-from dstack_mesh.relay.exchange import Route
 from dstack_mesh.relay.pool import Pool
+from dstack_mesh.relay.upstream import Route
 from dstack_mesh.wire.memo import BlockMemo
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
 from dstack_mesh.wire.translate import ResponseRules

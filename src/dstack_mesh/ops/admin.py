@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from dstack_mesh.model import Address, UnixAddress
 from dstack_mesh.ops.readiness import Readiness
 from dstack_mesh.relay.answers import Answer, json_answer
-from dstack_mesh.relay.exchange import Route
+from dstack_mesh.relay.upstream import Route
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
 
 _NOTHING: frozenset[bytes] = frozenset()

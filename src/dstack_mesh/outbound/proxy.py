@@ -17,9 +17,8 @@ from dstack_mesh.outbound.connect import MeshConnector
 from dstack_mesh.outbound.target import Endpoint, endpoint, parse_target
 from dstack_mesh.relay.answers import Answer, json_answer
 from dstack_mesh.relay.dial import PlainConnector, authority
-from dstack_mesh.relay.exchange import Route
 from dstack_mesh.relay.pool import Pool
-from dstack_mesh.relay.upstream import Lane
+from dstack_mesh.relay.upstream import Lane, Route
 from dstack_mesh.wire.memo import BlockMemo
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
 from dstack_mesh.wire.translate import ResponseRules

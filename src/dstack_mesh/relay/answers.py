@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
+from collections.abc import Coroutine
 from http import HTTPStatus
 
 import msgspec
 
 from dstack_mesh.errors import MeshError
+from dstack_mesh.log import event
+
+log = logging.getLogger(__name__)
 
 _request_id = re.compile(
     rb"^x-request-id:[ \t]*+([!-~]{1,200})[ \t]*+\r\n", re.IGNORECASE | re.MULTILINE
@@ -66,6 +71,17 @@ def problem(error: MeshError, request_id: str) -> Answer:
         fields=fields,
         code=error.code,
     )
+
+
+async def settled(answer: Coroutine[None, None, Answer], request_id: str) -> Answer | None:
+    """Give what `answer` gives, or the answer to its error; None for a fault, which is logged."""
+    try:
+        return await answer
+    except MeshError as error:
+        return problem(error, request_id)
+    except Exception as error:
+        event(log, logging.ERROR, "answer_fault", error=repr(error))
+        return None
 
 
 def find_request_id(head: bytes) -> bytes:

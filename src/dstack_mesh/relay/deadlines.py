@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from dataclasses import dataclass
 from typing import Protocol
+
+from dstack_mesh.log import event
+
+log = logging.getLogger(__name__)
 
 NEVER = math.inf
 
@@ -72,5 +77,9 @@ class Deadlines:
         now = self._loop.time()
         due = [one for one in self._watched if one.deadline <= now]
         for one in due:
-            one.expire(now)
+            if one.deadline <= now:  # what expired before it may have changed that
+                try:
+                    one.expire(now)
+                except Exception as error:  # one's mistake must not end all timeouts
+                    event(log, logging.ERROR, "expire_fault", error=repr(error))
         self._handle = self._loop.call_later(self._tick, self._sweep) if self._watched else None

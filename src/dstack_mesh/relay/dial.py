@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable
 
 from dstack_mesh.errors import ConnectFailed, ConnectTimeout, MeshError, UpstreamClosed
+from dstack_mesh.listen import KEEPALIVE
 from dstack_mesh.model import Address, TcpAddress, UnixAddress
 from dstack_mesh.relay.upstream import Lane, Upstream
 
-_KEEPALIVE = (
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-)
-"""A dead peer of a silent stream is noticed within two minutes; small writes go at once."""
+_OPTIONS = (*KEEPALIVE, (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1))  # small writes go at once
 
 
 async def open_socket(loop: asyncio.AbstractEventLoop, address: Address) -> socket.socket:
@@ -35,7 +30,7 @@ async def open_socket(loop: asyncio.AbstractEventLoop, address: Address) -> sock
         except OSError as error:
             failure = error
         else:
-            for option in _KEEPALIVE:
+            for option in _OPTIONS:
                 sock.setsockopt(*option)
             return sock
     raise failure
@@ -99,8 +94,8 @@ def reason(error: BaseException) -> str:
     """Give an error's text for a reader."""
     if isinstance(error, socket.gaierror):
         return f"the name does not resolve ({error.strerror})"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)  # event loops put the address into `strerror`
     return str(error) or type(error).__name__
 
 

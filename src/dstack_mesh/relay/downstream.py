@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 import struct
 from collections.abc import Coroutine
@@ -12,14 +13,20 @@ from typing import Generic, Protocol, TypeVar, cast
 from dstack_mesh.errors import BadRequest, HeaderTooLarge, MeshError, Overloaded, UriTooLong
 from dstack_mesh.relay.answers import Answer, find_request_id, problem
 from dstack_mesh.relay.deadlines import NEVER
-from dstack_mesh.relay.exchange import Exchange, Route
+from dstack_mesh.relay.exchange import Exchange
+from dstack_mesh.relay.upstream import Route
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.wire.body import Bytes
-from dstack_mesh.wire.fields import is_token
-from dstack_mesh.wire.limits import MAX_HEAD_BYTES, MAX_REQUEST_TARGET_BYTES
+from dstack_mesh.wire.fields import has_bare_lf, is_token
+from dstack_mesh.wire.limits import (
+    MAX_HEAD_BYTES,
+    MAX_REQUEST_LINE_BYTES,
+    MAX_REQUEST_TARGET_BYTES,
+)
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_line
 
 _WRITE_HIGH_WATER = 128 * 1024
+_after_empty_lines = re.compile(rb"\A(?:\r\n)++").sub
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -132,7 +139,10 @@ class Downstream(asyncio.BufferedProtocol, Generic[P]):
             self._refuse(Overloaded("the limit on connections is reached (MESH_MAX_CONNECTIONS)"))
             return
         self._handler.connected(self.transport)
-        self.deadline = self.worker.loop.time() + self.worker.timeouts.idle
+        # A handshake may end after draining has begun; its request is then awaited, but not long.
+        timeouts = self.worker.timeouts
+        patience = timeouts.head if self._listener.draining else timeouts.idle
+        self.deadline = self.worker.loop.time() + patience
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Lend the worker's read buffer."""
@@ -150,7 +160,9 @@ class Downstream(asyncio.BufferedProtocol, Generic[P]):
         """Let a client that has only finished sending get its answer (plain TCP)."""
         self._saw_eof = True
         exchange = self._exchange
-        return exchange is not None and exchange.request_done and not self._tunnel
+        if exchange is None or not exchange.request_done or self._tunnel:
+            return False
+        return self.transport.can_write_eof()  # TLS has no half-close here
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of the exchange."""
@@ -193,35 +205,41 @@ class Downstream(asyncio.BufferedProtocol, Generic[P]):
     # Heads.
 
     def _head_data(self, data: bytes) -> None:
+        seen = len(self._pending) if self._head_started else 0
         if self._pending:
             data = self._pending + data
             self._pending = b""
-        while data.startswith(b"\r\n"):
-            data = data[2:]  # RFC 9112 2.2: empty lines before a request line are passed over
-        end = data.find(b"\r\n\r\n")
+        if data.startswith(b"\r\n"):  # RFC 9112 2.2: empty lines before a request are passed over
+            data = _after_empty_lines(b"", data)
+            seen = 0
+        end = data.find(b"\r\n\r\n", max(0, seen - 3))
         try:
             if end < 0:
-                self._incomplete(data)
+                self._incomplete(data, seen)
             elif end > MAX_HEAD_BYTES - 4:
-                self._incomplete(data[: end + 4])
+                self._incomplete(data[: end + 4], seen)
             else:
                 self._begin(data, end)
         except MeshError as error:
             self._refuse(error, find_request_id(data))
 
-    def _incomplete(self, data: bytes) -> None:
-        """Wait for the rest of a head, unless what is there can never become one."""
+    def _incomplete(self, data: bytes, seen: int) -> None:
+        """Wait for the rest of a head, unless what is there can never become one.
+
+        The first `seen` bytes have been looked at before.
+        """
         if not self._head_started and data:
             self._head_started = True
             self.deadline = self.worker.loop.time() + self.worker.timeouts.head
-        if data.count(b"\n") != data.count(b"\r\n"):
+        if has_bare_lf(data, seen):
             raise BadRequest("the head has a line that ends in a bare LF")
-        line, ended, _ = data.partition(b"\r\n")
-        if ended:
-            parse_request_line(line)
+        eol = data.find(b"\r\n")
+        if eol >= 0:
+            if eol + 2 > seen:
+                parse_request_line(data[:eol])
         elif data not in (b"", b"\r") and not is_token(data.partition(b" ")[0]):
             raise BadRequest("what came is not HTTP/1.1; is it TLS, sent to a plain listener?")
-        elif len(data) > MAX_REQUEST_TARGET_BYTES + 1024:
+        elif len(data) > MAX_REQUEST_LINE_BYTES + 1:  # the CR may be there, and its LF not yet
             raise UriTooLong(f"the request target is over {MAX_REQUEST_TARGET_BYTES} bytes")
         if len(data) > MAX_HEAD_BYTES:
             raise HeaderTooLarge(f"the head is over {MAX_HEAD_BYTES} bytes")
@@ -239,12 +257,11 @@ class Downstream(asyncio.BufferedProtocol, Generic[P]):
         except MeshError as error:
             route = problem(error, plan.fields.request_id.decode("latin-1"))
         rest = data[end + 4 :]
-        if isinstance(route, Route):
-            exchange.start(route, rest)
-            return
         if rest and exchange.request_done:
             self.keep_for_later(rest)
-        if isinstance(route, Answer):
+        if isinstance(route, Route):
+            exchange.start(route, rest)
+        elif isinstance(route, Answer):
             exchange.answer(route)
         else:
             exchange.answer_later(route)
@@ -255,7 +272,7 @@ class Downstream(asyncio.BufferedProtocol, Generic[P]):
             data, self._pending = self._pending, b""
             if data:
                 self._head_data(data)
-            if self._exchange is None:
+            if self._exchange is None and self.writable:
                 self.resume_reading()
 
     # What the exchange calls: see `exchange.Client`.
@@ -272,8 +289,9 @@ class Downstream(asyncio.BufferedProtocol, Generic[P]):
             self.transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Read on, unless bytes for later are held already."""
-        if self._paused and not self._pending and not self.transport.is_closing():
+        """Read on, unless bytes for the next exchange are held already."""
+        held = self._pending and self._exchange is not None
+        if self._paused and not held and not self.transport.is_closing():
             self._paused = False
             self.transport.resume_reading()
 
@@ -299,8 +317,9 @@ class Downstream(asyncio.BufferedProtocol, Generic[P]):
         self._listener.record(exchange)
         if self.transport.is_closing():
             return
-        if keep and not self._listener.draining:
-            self.deadline = self.worker.loop.time() + self.worker.timeouts.idle
+        # Also on the way out: a client may never take the last of its answer.
+        self.deadline = self.worker.loop.time() + self.worker.timeouts.idle
+        if keep and not (self._listener.draining or self._saw_eof):
             if self.writable:
                 if self._pending:
                     # Not from here: a client that pipelines would make this call itself.

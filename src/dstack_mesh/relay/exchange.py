@@ -12,38 +12,29 @@ import logging
 from collections.abc import Coroutine
 from typing import Protocol
 
-from dstack_mesh.errors import BadRequest, ConnectFailed, MeshError, ResponseTimeout
+from dstack_mesh.errors import (
+    BadRequest,
+    ConnectFailed,
+    MeshError,
+    ResponseTimeout,
+    UpstreamProtocolError,
+)
 from dstack_mesh.log import event
 from dstack_mesh.model import PeerIdentity
-from dstack_mesh.relay.answers import Answer, problem
+from dstack_mesh.relay.answers import Answer, problem, settled
 from dstack_mesh.relay.deadlines import NEVER
-from dstack_mesh.relay.upstream import Lane, Upstream
+from dstack_mesh.relay.upstream import Route, Upstream
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.wire.body import Bytes
 from dstack_mesh.wire.fields import MalformedError
 from dstack_mesh.wire.framing import Framing
 from dstack_mesh.wire.request import RequestFields, RequestLine
-from dstack_mesh.wire.translate import RequestBody, Response, ResponseRules
+from dstack_mesh.wire.translate import RequestBody, Response
 
 log = logging.getLogger(__name__)
 
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 """RFC 9110 9.2.2."""
-
-
-class Route:
-    """Where a request goes and how it is to look there."""
-
-    __slots__ = ("head", "lane", "remove_trailers", "rules")
-
-    def __init__(
-        self, lane: Lane, head: bytes, rules: ResponseRules, remove_trailers: frozenset[bytes]
-    ) -> None:
-        self.lane = lane
-        self.head = head
-        """The complete head to send, blank line included."""
-        self.rules = rules
-        self.remove_trailers = remove_trailers
 
 
 class Client(Protocol):
@@ -55,35 +46,27 @@ class Client(Protocol):
 
     def write(self, data: bytes) -> None:
         """Send to the client."""
-        ...
 
     def pause_reading(self) -> None:
         """Stop reading, so that what the client sends waits in its socket."""
-        ...
 
     def resume_reading(self) -> None:
         """Read on."""
-        ...
 
     def keep_for_later(self, data: Bytes) -> None:
         """Take bytes behind the request's end."""
-        ...
 
     def begin_tunnel(self) -> bytes:
         """Give the bytes kept for later: they belong to the new protocol."""
-        ...
 
     def may_persist(self) -> bool:
         """Tell whether the listener wants another request on this connection."""
-        ...
 
     def exchange_ended(self, exchange: Exchange, keep: bool) -> None:
         """Go on with the next request, or close."""
-        ...
 
     def cut(self) -> None:
         """End the connection so that the client sees its response as incomplete."""
-        ...
 
 
 class Exchange:
@@ -134,11 +117,11 @@ class Exchange:
     # The request's way up.
 
     def start(self, route: Route, rest: bytes) -> None:
-        """Send the request on its way; `rest` is what was read behind its head."""
+        """Send the request on its way; `rest` is what was read of its body, where it has one."""
         self._route = route
-        self._early = rest
         if not self.request_done:
             self._body = RequestBody(self.fields, route.remove_trailers)
+            self._early = rest
         upstream = route.lane.take()
         if upstream is not None:
             self._attach(upstream)
@@ -175,6 +158,8 @@ class Exchange:
         else:
             if self.ended:
                 lane.release(upstream)
+            elif upstream.gone:
+                self.fail(lane.connector.lost(upstream.failure))
             else:
                 self._attach(upstream)
 
@@ -185,13 +170,11 @@ class Exchange:
         self.peer = upstream.peer
         upstream.exchange = self
         self._response = Response(line.method, line.minor, self.fields.upgrade, self._route.rules)
-        early, self._early = self._early, b""
         if self.request_done:
             upstream.write(self._route.head)
             self._request_ended()
-            if early:
-                self._client.keep_for_later(early)
             return
+        early, self._early = self._early, b""
         self._send_body(early, self._route.head)
         if not self.ended and upstream.writable:
             self._client.resume_reading()
@@ -235,6 +218,9 @@ class Exchange:
         except MeshError as error:
             self.fail(error)
             return
+        if response.status == 101 and not self.request_done:
+            self.fail(UpstreamProtocolError("the protocol was switched before the request's end"))
+            return
         self.bytes_down += len(out)
         if out:
             self._client.write(out)
@@ -265,6 +251,8 @@ class Exchange:
         if kept:
             self.bytes_up += len(kept)
             self.upstream.write(kept)
+        if not self.upstream.writable:
+            self._client.pause_reading()
 
     def upstream_lost(self, upstream: Upstream, exc: Exception | None) -> None:
         """See `ResponseSink`."""
@@ -316,24 +304,23 @@ class Exchange:
         out = answer.render(self.line.method, connection)
         self.bytes_down += len(out)
         self._client.write(out)
-        early, self._early = self._early, b""
-        if keep and early:
-            self._client.keep_for_later(early)
         self._end(keep=keep)
 
     def answer_later(self, answer: Coroutine[None, None, Answer]) -> None:
         """Answer with what `answer` gives, for what cannot be told at once."""
 
         async def wait() -> None:
-            given = await answer
-            if not self.ended:
+            given = await settled(answer, self.fields.request_id.decode("latin-1"))
+            if given is not None and not self.ended:
                 self.answer(given)
+            elif not self.ended:
+                self._cut()
 
         self._task = self._client.worker.loop.create_task(wait())
 
     def fail(self, error: MeshError) -> None:
         """Answer with `error`, or cut the connection where an answer is no longer possible."""
-        if self._response is not None and self._response.status:
+        if self.status:
             self.code = error.code
             self._cut()
             return
@@ -353,7 +340,8 @@ class Exchange:
     def client_lost(self) -> None:
         """Let go of everything: the client's connection is gone."""
         if not self.ended:
-            self._drop_upstream()
+            # What it sent last through a tunnel is still on its way.
+            self._drop_upstream(flush=self._response is not None and self._response.switched)
             self._end(keep=False)
 
     def client_writable(self, writable: bool) -> None:
@@ -388,11 +376,14 @@ class Exchange:
         self._client.cut()
         self._end(keep=False)
 
-    def _drop_upstream(self) -> None:
+    def _drop_upstream(self, *, flush: bool = False) -> None:
         upstream, self.upstream = self.upstream, None
         if upstream is not None:
             upstream.exchange = None
-            upstream.transport.abort()
+            if flush:
+                upstream.close()
+            else:
+                upstream.transport.abort()
 
     def _end(self, *, keep: bool) -> None:
         if not self.ended:

@@ -10,6 +10,7 @@ from dstack_mesh.errors import MeshError
 from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.worker import Worker
+from dstack_mesh.wire.translate import ResponseRules
 
 _WRITE_HIGH_WATER = 128 * 1024
 """Bytes a transport may hold before its source is paused."""
@@ -55,7 +56,9 @@ class Upstream(asyncio.BufferedProtocol):
         "deadline",
         "exchange",
         "expires_at",
+        "failure",
         "generation",
+        "gone",
         "lane",
         "not_after",
         "peer",
@@ -71,6 +74,9 @@ class Upstream(asyncio.BufferedProtocol):
         self.writable = True
         self.clean_end = False
         """Whether the peer ended the connection in order: FIN, or TLS's close-notify."""
+        self.gone = False
+        """Whether the connection has ended, and `failure` tells by what; None: nothing special."""
+        self.failure: Exception | None = None
         self.reused = False
         self.deadline = NEVER
         self.expires_at = NEVER
@@ -85,7 +91,8 @@ class Upstream(asyncio.BufferedProtocol):
         self.generation = generation
         if peer is not None:
             self.not_after = peer.not_after
-        self.lane.worker.admit_upstream(self)
+        if not self.gone:
+            self.lane.worker.admit_upstream(self)
 
     def usable(self, now: float, generation: int) -> bool:
         """Tell whether the pooled connection may carry another request."""
@@ -100,6 +107,12 @@ class Upstream(asyncio.BufferedProtocol):
         """Send to the server; nothing once the connection is on its way out."""
         if not self.transport.is_closing():
             self.transport.write(data)
+
+    def close(self) -> None:
+        """End the connection once what was written is sent, if that does not take forever."""
+        worker = self.lane.worker
+        self.deadline = worker.loop.time() + worker.timeouts.idle
+        self.transport.close()
 
     # What asyncio calls.
 
@@ -128,6 +141,7 @@ class Upstream(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the exchange, or leave the pool."""
+        self.gone, self.failure = True, exc
         self.lane.forget(self)
         exchange = self.exchange
         if exchange is not None:
@@ -149,10 +163,12 @@ class Upstream(asyncio.BufferedProtocol):
     # What the sweep calls.
 
     def expire(self, now: float) -> None:
-        """Close a connection that was idle for too long."""
+        """Close a connection that was idle for too long; cut one that does not come to close."""
         self.deadline = NEVER
-        if self.exchange is None:
-            self.transport.close()
+        if self.transport.is_closing():
+            self.transport.abort()
+        elif self.exchange is None:
+            self.close()
 
 
 class Lane:
@@ -204,3 +220,18 @@ class Lane:
         for one in stale:
             self.idle.remove(one)
             one.transport.close()
+
+
+class Route:
+    """Where a request goes and how it is to look there."""
+
+    __slots__ = ("head", "lane", "remove_trailers", "rules")
+
+    def __init__(
+        self, lane: Lane, head: bytes, rules: ResponseRules, remove_trailers: frozenset[bytes]
+    ) -> None:
+        self.lane = lane
+        self.head = head
+        """The complete head to send, blank line included."""
+        self.rules = rules
+        self.remove_trailers = remove_trailers

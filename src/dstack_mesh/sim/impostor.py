@@ -96,7 +96,11 @@ class Impostor:
         self.close()
 
     def show(self, issued: Issued) -> None:
-        """Show this chain from the next connection on; sessions made before may be resumed."""
+        """Show this chain from the next connection on; sessions made before may be resumed.
+
+        Its key has to be of the type of the one before: OpenSSL keeps a certificate for each type
+        of key, and goes on showing the older one where both types will do.
+        """
         issued.load_into(self._context)
 
     def drop_connections(self) -> None:
@@ -148,6 +152,7 @@ class Impostor:
 
     def _serve(self, connection: socket.socket) -> None:
         connection.settimeout(_HANDSHAKE_SECONDS)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             tls = self._context.wrap_socket(
                 connection, server_side=True, do_handshake_on_connect=False

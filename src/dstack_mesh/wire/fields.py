@@ -76,6 +76,15 @@ def parse_fields(block: bytes) -> list[Field]:
     return fields
 
 
+def has_bare_lf(data: bytes, start: int) -> bool:
+    """Tell whether an LF at or behind `start` is without its CR (RFC 9112 2.2).
+
+    What was looked at before need not be looked at again: a head may come byte by byte.
+    """
+    start -= data[max(0, start - 1) : start] == b"\r"
+    return data.count(b"\n", start) != data.count(b"\r\n", start)
+
+
 def serialise(fields: list[Field]) -> bytes:
     """Give the field lines' canonical bytes, one `name: value` CRLF each."""
     return b"".join([b"%b: %b\r\n" % field for field in fields])

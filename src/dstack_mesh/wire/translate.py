@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dstack_mesh.errors import UpstreamProtocolError
 from dstack_mesh.wire.body import Bytes, CloseDecoder, Decoder, chunk, decoder, last_chunk
-from dstack_mesh.wire.fields import MalformedError
+from dstack_mesh.wire.fields import MalformedError, has_bare_lf
 from dstack_mesh.wire.framing import Framing, response_framing
 from dstack_mesh.wire.limits import MAX_HEAD_BYTES, MAX_INTERIM_RESPONSES
 from dstack_mesh.wire.memo import BlockMemo
@@ -118,15 +118,17 @@ class Response:
         if self._decoder is not None:
             return self._body(data, self._decoder)
         self.touched = True
-        text = self._partial + bytes(data) if self._partial else bytes(data)
+        seen = len(self._partial)
+        text = self._partial + bytes(data) if seen else bytes(data)
         out = b""
-        while (end := text.find(b"\r\n\r\n")) >= 0:
+        while (end := text.find(b"\r\n\r\n", max(0, seen - 3))) >= 0:
             if end + 4 > MAX_HEAD_BYTES:
                 raise UpstreamProtocolError(_HEAD_TOO_LARGE)
             eol = text.find(b"\r\n")
             line = parse_status_line(text[:eol])
             fields = self._rules.parse(text[eol + 2 : end + 2], line.minor)
             text = text[end + 4 :]
+            seen = 0
             if line.status >= 200:
                 self._partial = b""
                 return out + self._final(line, fields, text)
@@ -134,7 +136,7 @@ class Response:
                 self._partial = b""
                 return out + self._switch(line, fields) + text
             out += self._interim(line, fields)
-        self._hold(text)
+        self._hold(text, seen)
         return out
 
     def end(self, clean: bool) -> bytes | None:
@@ -144,13 +146,13 @@ class Response:
             return last_chunk(b"") if self._rechunk else b""
         return None
 
-    def _hold(self, text: bytes) -> None:
+    def _hold(self, text: bytes, seen: int) -> None:
         if len(text) > MAX_HEAD_BYTES:
             raise UpstreamProtocolError(_HEAD_TOO_LARGE)
         start = b"HTTP/1."
         if text[: len(start)] != start[: len(text)]:
             raise UpstreamProtocolError("the answer is not HTTP/1")
-        if text.count(b"\n") != text.count(b"\r\n"):
+        if has_bare_lf(text, seen):
             raise UpstreamProtocolError("the response has a bare LF in its head")
         self._partial = text
 

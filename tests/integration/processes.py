@@ -1,0 +1,90 @@
+"""Sidecars and the simulator as processes of their own, as users run them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+
+from dstack_mesh.model import TcpAddress
+from tests.integration.harness import tcp
+
+COMMAND = (sys.executable, "-m", "dstack_mesh")
+_START_SECONDS = 20.0
+_STOP_SECONDS = 20.0
+
+
+def clean_environ() -> dict[str, str]:
+    """Give this process's environment without settings of a mesh."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MESH_", "DSTACK_"))
+    }
+
+
+class SidecarProcess:
+    """A running `dstack-mesh run`."""
+
+    def __init__(self, process: Process, bound: Mapping[str, str | None], log: Path) -> None:
+        self.process = process
+        self._bound = bound
+        self._log = log
+
+    def address(self, listener: str) -> TcpAddress:
+        return tcp(self._bound[listener])
+
+    @property
+    def log(self) -> list[dict[str, object]]:
+        """The log's events so far."""
+        return [json.loads(line) for line in self._log.read_text().splitlines()]
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    async def exit_status(self) -> int:
+        """Wait for the process to end by itself."""
+        async with asyncio.timeout(_STOP_SECONDS):
+            return await self.process.wait()
+
+    def memory(self) -> tuple[int, int]:
+        """Give resident bytes: now, and the most there have been."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = {}
+        for line in status.splitlines():
+            name, _, value = line.partition(":")
+            if name in ("VmRSS", "VmHWM"):
+                found[name] = int(value.split()[0]) * 1024
+        return found["VmRSS"], found["VmHWM"]
+
+
+@contextlib.asynccontextmanager
+async def sidecar_process(
+    directory: Path, environ: Mapping[str, str]
+) -> AsyncIterator[SidecarProcess]:
+    """Run a sidecar for the block, from when it is ready; `directory` gets its log."""
+    ready = directory / "ready.json"
+    log = directory / "log.jsonl"
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            *(*COMMAND, "run", "--ready-file", str(ready)),
+            env={**clean_environ(), **environ},
+            stderr=output,
+            stdout=output,
+        )
+    try:
+        async with asyncio.timeout(_START_SECONDS):
+            while not ready.exists():
+                assert process.returncode is None, log.read_text()
+                await asyncio.sleep(0.01)
+        yield SidecarProcess(process, json.loads(ready.read_text()), log)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()

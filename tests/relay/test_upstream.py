@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+import pytest
+from tests.relay.fakes import REMOVE, RULES, FakeTransport, Rig, rig
+
+from dstack_mesh.model import AppId, PeerIdentity
+from dstack_mesh.relay.deadlines import NEVER
+from dstack_mesh.relay.upstream import Route, Upstream
+
+
+class Sink:
+    """An exchange that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.data = b""
+        self.lost: list[tuple[Exception | None, bool]] = []
+        self.writable: list[bool] = []
+
+    def response_data(self, data: memoryview) -> None:
+        self.data += data
+
+    def upstream_lost(self, upstream: Upstream, exc: Exception | None) -> None:
+        self.lost.append((exc, upstream.clean_end))
+
+    def upstream_writable(self, writable: bool) -> None:
+        self.writable.append(writable)
+
+
+@dataclass
+class Opened:
+    upstream: Upstream
+    transport: FakeTransport
+
+
+def open_one(
+    one: Rig, *, generation: int = 1, not_after: float = NEVER, idle: bool = False
+) -> Opened:
+    upstream = Upstream(one.lane)
+    transport = FakeTransport(upstream)
+    upstream.connection_made(transport)
+    upstream.admit(PeerIdentity(AppId("a" * 40), not_after), generation)
+    if idle:
+        one.lane.release(upstream)
+        assert one.lane.idle[-1] is upstream
+    return Opened(upstream, transport)
+
+
+async def test_what_comes_goes_to_the_exchange() -> None:
+    async with rig() as one:
+        opened = open_one(one)
+        sink = opened.upstream.exchange = Sink()
+        opened.transport.receive(b"abc")
+        assert sink.data == b"abc"
+
+
+async def test_bytes_that_nobody_asked_for_end_the_connection() -> None:
+    async with rig() as one:
+        opened = open_one(one, idle=True)
+        opened.transport.receive(b"HTTP/1.1 200 OK\r\n\r\n")
+        assert opened.transport.aborted
+        assert one.lane.take() is None
+
+
+async def test_the_exchange_learns_how_the_connection_ended() -> None:
+    async with rig() as one:
+        orderly, broken = open_one(one), open_one(one)
+        sinks = orderly.upstream.exchange, broken.upstream.exchange = Sink(), Sink()
+        orderly.transport.receive_eof()
+        error = ConnectionResetError("reset")
+        broken.transport.break_off(error)
+        await one.turn()
+        assert [sink.lost for sink in sinks] == [[(None, True)], [(error, False)]]
+        assert orderly.upstream.exchange is None
+        assert (broken.upstream.gone, broken.upstream.failure) == (True, error)
+        assert one.worker.upstreams == set()
+
+
+async def test_the_exchange_learns_whether_there_is_room() -> None:
+    async with rig() as one:
+        opened = open_one(one)
+        sink = opened.upstream.exchange = Sink()
+        opened.transport.stall()
+        opened.upstream.write(b"x" * 200_000)
+        assert (sink.writable, opened.upstream.writable) == ([False], False)
+        opened.transport.flow()
+        assert (sink.writable, opened.upstream.writable) == ([False, True], True)
+        opened.upstream.exchange = None
+        opened.transport.stall()
+        opened.upstream.write(b"x" * 200_000)
+        opened.transport.flow()
+        assert sink.writable == [False, True]
+
+
+async def test_nothing_is_written_to_a_connection_on_its_way_out() -> None:
+    async with rig() as one:
+        opened = open_one(one)
+        opened.transport.close()
+        opened.upstream.write(b"x")
+        assert opened.transport.take() == b""
+
+
+async def test_a_connection_that_is_gone_is_not_taken_into_the_books() -> None:
+    async with rig() as one:
+        upstream = Upstream(one.lane)
+        transport = FakeTransport(upstream)
+        upstream.connection_made(transport)
+        transport.break_off()
+        upstream.admit(None, 1)
+        assert one.worker.upstreams == set()
+        one.lane.release(upstream)
+        assert one.lane.idle == []
+
+
+# The pool.
+
+
+async def test_an_empty_lane_gives_nothing() -> None:
+    async with rig() as one:
+        assert one.lane.take() is None
+
+
+async def test_the_connection_used_last_is_given_first() -> None:
+    async with rig() as one:
+        first, second = open_one(one, idle=True), open_one(one, idle=True)
+        assert not second.upstream.reused
+        taken = one.lane.take()
+        assert taken is second.upstream
+        assert (taken.reused, taken.deadline) == (True, NEVER)
+        assert one.lane.take() is first.upstream
+        assert one.lane.take() is None
+
+
+async def test_a_connection_of_an_older_identity_is_not_used_again() -> None:
+    async with rig() as one:
+        old = open_one(one, idle=True)
+        one.connector.number = 2
+        new = open_one(one, generation=2, idle=True)
+        busy = open_one(one)
+        one.lane.release(busy.upstream)
+        assert busy.transport.is_closing()
+        one.lane.idle.reverse()
+        assert one.lane.take() is new.upstream
+        assert old.transport.is_closing()
+        assert not old.transport.aborted
+
+
+@pytest.mark.parametrize("why", ["age", "the peer's certificate", "on its way out"])
+async def test_a_connection_is_not_used_longer_than_it_may(why: str) -> None:
+    async with rig() as one:
+        idle = open_one(one, not_after=time.time() + 1000, idle=True)
+        if why == "age":
+            idle.upstream.expires_at = one.worker.loop.time()
+        elif why == "the peer's certificate":
+            idle.upstream.not_after = time.time()
+        else:
+            idle.transport.close()
+        assert one.lane.take() is None
+        assert idle.transport.is_closing()
+        one.lane.release(idle.upstream)
+        assert one.lane.idle == []
+
+
+async def test_a_connection_lives_for_an_hour_at_most() -> None:
+    async with rig() as one:
+        now = one.worker.loop.time()
+        ages = [open_one(one).upstream.expires_at - now for _ in range(20)]
+        assert all(3200 < age <= 3601 for age in ages)
+        assert len(set(ages)) > 1
+
+
+async def test_a_dead_connection_leaves_the_pool() -> None:
+    async with rig() as one:
+        kept, dead = open_one(one, idle=True), open_one(one, idle=True)
+        dead.transport.receive_eof()
+        await one.turn()
+        assert one.lane.idle == [kept.upstream]
+        assert one.worker.upstreams == {kept.upstream}
+
+
+async def test_an_idle_connection_is_closed_in_order_after_its_time() -> None:
+    async with rig() as one:
+        idle = open_one(one, idle=True)
+        now = one.worker.loop.time()
+        assert now < idle.upstream.deadline <= now + one.worker.upstream_idle
+        idle.upstream.expire(idle.upstream.deadline)
+        assert (idle.transport.is_closing(), idle.transport.aborted) == (True, False)
+        assert one.lane.take() is None
+        await one.turn()
+        assert one.lane.idle == []
+
+
+async def test_an_idle_connection_is_not_kept_beyond_its_age() -> None:
+    async with rig() as one:
+        opened = open_one(one)
+        opened.upstream.expires_at = one.worker.loop.time() + 1
+        one.lane.release(opened.upstream)
+        assert opened.upstream.deadline == opened.upstream.expires_at
+
+
+async def test_a_connection_in_use_does_not_expire() -> None:
+    async with rig() as one:
+        opened = open_one(one)
+        opened.upstream.exchange = Sink()
+        opened.upstream.expire(0)
+        assert not opened.transport.is_closing()
+
+
+async def test_a_connection_that_does_not_come_to_close_is_cut() -> None:
+    class Stuck(FakeTransport):
+        """Closes only once what was written is taken, which is never."""
+
+        def close(self) -> None:
+            self._closing = True
+
+        def abort(self) -> None:
+            self.aborted = True
+            asyncio.get_running_loop().call_soon(self._lose, None)
+
+    async with rig() as one:
+        upstream = Upstream(one.lane)
+        transport = Stuck(upstream)
+        upstream.connection_made(transport)
+        upstream.admit(None, 1)
+        upstream.close()
+        assert (transport.aborted, upstream.deadline < NEVER) == (False, True)
+        upstream.expire(upstream.deadline)
+        assert transport.aborted
+
+
+async def test_draining_closes_what_may_not_be_used_any_more() -> None:
+    async with rig() as one:
+        old = open_one(one, idle=True)
+        one.connector.number = 2
+        new = open_one(one, generation=2, idle=True)
+        one.lane.drain()
+        assert one.lane.idle == [new.upstream]
+        assert (old.transport.is_closing(), old.transport.aborted) == (True, False)
+        assert not new.transport.is_closing()
+
+
+async def test_a_route_holds_what_it_was_given() -> None:
+    async with rig() as one:
+        route = Route(one.lane, b"head", RULES, REMOVE)
+        assert (route.lane, route.head, route.rules) == (one.lane, b"head", RULES)
+        assert route.remove_trailers is REMOVE
