@@ -54,7 +54,7 @@ async def _main(settings: Settings, ready_file: Path | None) -> int:
     signals = lifecycle.Signals(asyncio.get_running_loop())
     try:
         await sidecar.start()
-        announced = asyncio.create_task(_announce(sidecar, ready_file))
+        announced = asyncio.create_task(_announce(sidecar, signals, ready_file))
         try:
             await signals.wait()
         finally:
@@ -68,10 +68,16 @@ async def _main(settings: Settings, ready_file: Path | None) -> int:
     return signals.exit_status
 
 
-async def _announce(sidecar: Sidecar, ready_file: Path | None) -> None:
+async def _announce(sidecar: Sidecar, signals: lifecycle.Signals, ready_file: Path | None) -> None:
     await sidecar.wait_open()
-    if ready_file is not None:
+    if ready_file is None:
+        return
+    try:
         lifecycle.write_ready_file(ready_file, sidecar.bound())
+    except OSError as error:
+        # Whoever waits for the file would wait for ever.
+        event(log, logging.ERROR, "ready_file_failed", path=str(ready_file), reason=str(error))
+        signals.end(1)
 
 
 class Sidecar:

@@ -20,12 +20,17 @@ class Signals:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._asked = asyncio.Event()
         self.exit_status = 0
-        """0 after SIGTERM, 130 after SIGINT."""
+        """0 after SIGTERM, 130 after SIGINT, or what `end` was told."""
         for number in _EXIT_STATUS:
             loop.add_signal_handler(number, self._received, number)
 
+    def end(self, exit_status: int) -> None:
+        """Ask for an orderly end from inside, with this exit status."""
+        self.exit_status = exit_status
+        self._asked.set()
+
     async def wait(self) -> None:
-        """Return at the first signal."""
+        """Return at the first signal, or when `end` was called."""
         await self._asked.wait()
 
     def _received(self, number: signal.Signals) -> None:
@@ -45,7 +50,7 @@ def write_ready_file(path: Path, bound: Mapping[str, str | None]) -> None:
         draft.write_text(json.dumps({**bound, "pid": os.getpid()}) + "\n")
         draft.replace(path)
     except OSError:
-        draft.unlink(missing_ok=True)
+        remove_ready_file(draft)
         raise
 
 
