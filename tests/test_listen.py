@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import stat
@@ -265,3 +266,28 @@ def test_nothing_is_left_open_or_lying_around_after_a_failure(
     with pytest.raises(TypeError):
         bind(UnixAddress(str(tmp_path / "mesh.sock")))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_somebody_keeps_locked_is_used_all_the_same(tmp_path: Path) -> None:
+    """As the simulator keeps its own; `listen` locks it only against others that do the same."""
+    holder = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        address = UnixAddress(str(tmp_path / "a.sock"))
+        with _bound(address):
+            assert _answers(address)
+        assert not Path(address.path).exists()
+    finally:
+        os.close(holder)
+
+
+def test_a_dead_client_of_a_silent_stream_is_noticed() -> None:
+    with bind(TcpAddress("127.0.0.1", 0)) as listening:
+        with socket.create_connection(listening.getsockname()):
+            listening.setblocking(True)
+            accepted, _ = listening.accept()
+            with accepted:
+                assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 15
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 4

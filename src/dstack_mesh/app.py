@@ -54,6 +54,10 @@ async def _main(settings: Settings, ready_file: Path | None) -> int:
     signals = lifecycle.Signals(asyncio.get_running_loop())
     try:
         await sidecar.start()
+        if ready_file is not None:
+            # Left by a process that was killed. Not before the listeners are ours: another sidecar
+            # may be running, and the file be its own.
+            lifecycle.remove_ready_file(ready_file)
         announced = asyncio.create_task(_announce(sidecar, signals, ready_file))
         try:
             await signals.wait()
@@ -61,10 +65,10 @@ async def _main(settings: Settings, ready_file: Path | None) -> int:
             announced.cancel()
             await asyncio.gather(announced, return_exceptions=True)
         await sidecar.drain()
-    finally:
-        await sidecar.stop()
         if ready_file is not None:
             lifecycle.remove_ready_file(ready_file)
+    finally:
+        await sidecar.stop()
     return signals.exit_status
 
 
@@ -235,7 +239,8 @@ class Sidecar:
             sock.close()
             listen.unlink_if_ours(sock)
         await self._agent.aclose()
-        event(log, logging.INFO, "stopped")
+        if self._tasks:  # else the start has failed, and the error says all there is to say
+            event(log, logging.INFO, "stopped")
 
     # What the parts tell each other.
 

@@ -47,7 +47,7 @@ def write_ready_file(path: Path, bound: Mapping[str, str | None]) -> None:
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(json.dumps({**bound, "pid": os.getpid()}) + "\n")
+        draft.write_text(json.dumps({**bound, "pid": os.getpid()}, separators=(",", ":")) + "\n")
         draft.replace(path)
     except OSError:
         remove_ready_file(draft)
@@ -55,6 +55,6 @@ def write_ready_file(path: Path, bound: Mapping[str, str | None]) -> None:
 
 
 def remove_ready_file(path: Path) -> None:
-    """Take the ready file away as the process ends; a file that cannot go is left."""
+    """Take away a ready file that no longer tells the truth; one that cannot go is left."""
     with contextlib.suppress(OSError):
         path.unlink()

@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 import stat
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 BACKLOG = 1024
+
+_LOCK_PATIENCE = 0.5
+"""Seconds."""
 
 KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -160,10 +164,25 @@ def _directory_locked(path: str) -> Iterator[None]:
     """
     directory = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX)
+        _try_to_lock(directory)
         yield
     finally:
         os.close(directory)
+
+
+def _try_to_lock(directory: int) -> None:
+    """Wait for the lock, but not for ever: we hold it for a moment, so others use it otherwise.
+
+    The simulator holds its directory's for as long as it runs.
+    """
+    end = time.monotonic() + _LOCK_PATIENCE
+    while True:
+        with suppress(BlockingIOError):
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        if time.monotonic() >= end:
+            return
+        time.sleep(0.01)
 
 
 def _reason(address: Address, error: OSError) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
+import io
 import json
 import os
 import shutil
@@ -14,6 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from dstack_mesh.cli import main
+
+demo = importlib.import_module("dstack_mesh.cli.demo")  # the module, not the command in it
 
 RUN = [sys.executable, "-m", "dstack_mesh", "demo"]
 
@@ -190,3 +197,87 @@ def test_reader_that_goes_away_ends_it(demos: Demos) -> None:
     process.stdout.close()
     assert process.wait(20) == 1
     assert demos.nothing_is_left()
+
+
+class FakeDemo:
+    """Stands in for `demo.play.Demo`: sends itself the signals it is told to, and cleans up."""
+
+    def __init__(self, *numbers: signal.Signals, ok: bool = True, complete: bool = True) -> None:
+        self._numbers = numbers
+        self.ok = ok
+        self.complete = complete
+        self.cleaned_up = False
+
+    async def run(self) -> None:
+        for number in self._numbers:
+            os.kill(os.getpid(), number)
+        try:
+            if self._numbers:
+                await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.01)  # as stopping processes takes time
+            self.cleaned_up = True
+
+
+@pytest.mark.parametrize(
+    ("one", "status"),
+    [
+        (FakeDemo(), 0),
+        (FakeDemo(ok=False), 1),
+        (FakeDemo(signal.SIGTERM), 0),
+        (FakeDemo(signal.SIGHUP), 0),
+        (FakeDemo(signal.SIGTERM, signal.SIGTERM), 0),
+        (FakeDemo(signal.SIGTERM, ok=False), 1),
+        (FakeDemo(signal.SIGTERM, ok=False, complete=False), 1),
+        (FakeDemo(signal.SIGINT), 130),
+        (FakeDemo(signal.SIGINT, ok=False, complete=False), 130),
+    ],
+)
+def test_status_tells_what_happened(
+    one: FakeDemo, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert asyncio.run(demo._run(one)) == status
+    assert one.cleaned_up
+    said = "" if one.complete or status == 130 else "SIGTERM came before all was tried"
+    assert said in capsys.readouterr().err
+
+
+async def test_other_cancellations_are_not_taken_for_a_signal() -> None:
+    waiting = FakeDemo()
+    waiting.run = asyncio.Event().wait  # type: ignore[method-assign]
+    task = asyncio.create_task(demo._run(waiting))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_display_is_as_asked(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dstack_mesh.demo.stage.tempfile.tempdir", None)
+    monkeypatch.delenv("TMPDIR", raising=False)
+    assert main(["demo", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out)["ok"] if arguments else "All 10 went as they should" in out
+
+
+def test_stage_that_cannot_be_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dstack_mesh.demo.stage.tempfile.tempdir", "/nowhere")
+    assert main(["demo", "--json"]) == 1
+    assert capsys.readouterr().err.startswith("dstack-mesh: demo: [Errno 2]")
+
+
+def test_what_an_encoding_lacks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.BytesIO()
+    stdout = io.TextIOWrapper(out, encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    demo._never_fail_to_encode()
+    stdout.write("✓ a → b ü")
+    stdout.flush()
+    assert out.getvalue() == b"+ a > b ?"
+    with pytest.raises(UnicodeDecodeError):
+        b"\xff".decode("ascii", errors="dstack_mesh_plain")

@@ -16,7 +16,7 @@ from pathlib import Path
 import h11
 
 from dstack_mesh.app import Sidecar
-from dstack_mesh.model import AppId, TcpAddress
+from dstack_mesh.model import Address, AppId, TcpAddress
 from dstack_mesh.settings.load import load_settings
 from dstack_mesh.sim.backend import Backend
 from dstack_mesh.sim.world import SimApp, World
@@ -130,9 +130,10 @@ class Client:
     async def closed(self) -> bytes:
         """Read to the end of the connection; a reset counts as one."""
         data = b""
-        with contextlib.suppress(ConnectionError):
-            while piece := await self.reader.read(65536):
-                data += piece
+        async with asyncio.timeout(20):
+            with contextlib.suppress(ConnectionError):
+                while piece := await self.reader.read(65536):
+                    data += piece
         return data
 
 
@@ -174,12 +175,16 @@ class Mesh:
         env = {**self.app(name).env, "MESH_OUTBOUND_LISTEN": "127.0.0.1:0"}
         env["MESH_ADMIN_LISTEN"] = "127.0.0.1:0"
         if backend and "MESH_BACKEND" not in environ:
-            self.backends[name] = Backend(name)
-            env["MESH_BACKEND"] = str(await self.backends[name].start())
+            env["MESH_BACKEND"] = str(await self.start_backend(name))
         sidecar = await self.start_closed(name, **{**env, **environ})
         await sidecar.wait_open()
         await eventually(lambda: sidecar.directory.current is not None)
         return sidecar
+
+    async def start_backend(self, name: str) -> Address:
+        """Start a backend for app `name`, and give its address."""
+        self.backends[name] = Backend(name)
+        return await self.backends[name].start()
 
     async def start_closed(self, name: str, **environ: str) -> Sidecar:
         """Start a sidecar without waiting for its identity."""
@@ -233,6 +238,16 @@ async def mesh(tmp_path: Path, apps: Iterable[str] = ("a", "b")) -> AsyncIterato
             yield one
         finally:
             await one.aclose()
+
+
+async def readyz(one: Mesh, name: str) -> tuple[int, str]:
+    """Give the status of a sidecar's `/readyz`, and what it says of the identity."""
+    async with Client.connect(one.admin(name)) as client:
+        await client.send(request("GET", "/readyz"))
+        answer = await client.answer()
+    report = json.loads(answer.body)
+    assert report["ready"] is (answer.status == 200)
+    return answer.status, report["checks"]["identity"]["reason"]
 
 
 async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:

@@ -220,3 +220,18 @@ async def test_the_allow_list(tmp_path: Path, allow: str, let_through: list[bool
                 assert seen(there) == before
             assert (await there.call(there.kms.issue(app_id), "GET", "/health")).status == 200
         problem(await there.call(None), "client_cert_required", 401)
+
+
+async def test_the_calling_application_is_told_of_a_denial_and_by_whom(tmp_path: Path) -> None:
+    """Through a mesh of its own: what the target's mesh answered is passed on as that."""
+    async with mesh(tmp_path) as one:
+        await one.start("a", backend=False)
+        await one.start("b", MESH_ALLOWED_APPS="self")
+        for _ in range(2):
+            answer = await one.call("a", "b")
+            assert one.app_id("a") in str(problem(answer, "policy_denied", 403)["detail"])
+            assert answer.all(b"x-dstack-mesh-error") == [b"policy_denied; remote"]
+        assert not one.backends["b"].requests
+        assert (await one.call("b", "b")).body == b"hello\n", "its own app may"
+        answer = await one.call("a", None, headers=[("x-dstack-target-app", "zz")])
+        assert answer.all(b"x-dstack-mesh-error") == [b"bad_target"], "its own mesh's word"

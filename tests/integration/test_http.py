@@ -161,7 +161,7 @@ async def test_white_space_around_a_value_is_not_part_of_it(pair: Mesh) -> None:
 async def test_hop_by_hop_fields_end_here(pair: Mesh) -> None:
     """RFC 9110 7.6.1: what `Connection` lists, and what proxies are known to have to drop."""
     fields = [
-        ("Connection", "X-Listed, keep-alive"),
+        ("Connection", "X-Listed"),
         ("X-Listed", "1"),
         ("connection", "x-other"),
         ("X-OTHER", "1"),
@@ -398,6 +398,23 @@ async def test_an_early_answer_while_the_body_is_being_sent(tmp_path: Path) -> N
         assert answer.get(b"connection") == b"close"
         await eventually(lambda: backend.wires[0].ended)
         assert len(backend.received) < 10_000_000
+
+
+async def test_an_early_answer_waits_for_a_client_that_sends_before_it_reads(
+    tmp_path: Path,
+) -> None:
+    """A connection closed with bytes unread is reset, and the answer lost (RFC 9112 9.6)."""
+    early = b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig"
+    async with (
+        mesh_before(tmp_path, answers(early)) as (pair, backend),
+        Client.connect(pair.outbound("a")) as client,
+    ):
+        await client.send(request("POST", "/", [to_b(pair), ("Content-Length", "20000000")]))
+        await client.send(b"x" * 100_000)
+        await eventually(lambda: bool(backend.wires) and backend.wires[0].ended)
+        for _ in range(199):
+            await client.send(b"x" * 100_000)
+        assert (await client.answer("POST")).status == 413
 
 
 async def test_a_body_that_is_answered_while_it_comes(pair: Mesh) -> None:

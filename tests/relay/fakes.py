@@ -23,6 +23,9 @@ RULES = ResponseRules(remote_errors=False)
 REMOVE = frozenset((b"x-own",))
 TIMEOUTS = Timeouts()
 
+GET_1 = b"GET /1 HTTP/1.1\r\nHost: a\r\n\r\n"
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
 
 class FakeSocket:
     """Remembers the options set."""

@@ -1,20 +1,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 import struct
+from collections.abc import AsyncIterator
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.integration.harness import eventually
 from tests.relay.fakes import TIMEOUTS, FakeTransport, Rig, rig
 from tests.relay.test_exchange import GET, MEBIBYTE, OK, POST, SWITCH, UPGRADE, problem
 
 from dstack_mesh.errors import MeshError
 from dstack_mesh.relay import downstream
 from dstack_mesh.relay.answers import Answer
-from dstack_mesh.relay.deadlines import NEVER
+from dstack_mesh.relay.deadlines import NEVER, Timeouts
 from dstack_mesh.wire.fields import has_bare_lf
 from dstack_mesh.wire.limits import MAX_FIELDS, MAX_HEAD_BYTES, MAX_REQUEST_TARGET_BYTES
 from dstack_mesh.wire.request import RequestLine, parse_request_line
@@ -579,3 +583,79 @@ async def test_errors_of_the_wire_are_the_meshs_own() -> None:
         one.client.receive(GET % b"1")
         assert problem(one.client.take()) == (503, "overloaded")
         assert not one.client.is_closing()
+
+
+async def test_a_client_that_takes_its_answer_slowly_is_not_hurried_by_draining() -> None:
+    async with rig() as one:
+        one.handler.decide = lambda _: Answer(200, b"x" * 200_000, "text/plain")
+        one.client.stall()
+        one.client.receive(GET % b"1")
+        one.downstream.drain()
+        assert one.client.is_closing()
+        assert one.downstream.deadline > one.worker.loop.time() + TIMEOUTS.linger
+
+
+async def test_a_client_that_stalls_while_connecting_pauses_nobody() -> None:
+    async with rig() as one:
+        one.client.receive(GET % b"1")
+        await one.turn()
+        one.downstream.pause_writing()
+        one.downstream.resume_writing()
+        upstream = await one.connect()
+        assert upstream.reading
+
+
+# With real sockets: what the fakes assume of the event loop.
+
+
+@contextlib.asynccontextmanager
+async def served(one: Rig) -> AsyncIterator[socket.socket]:
+    """Serve `one` on a real listener; give a client's socket."""
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: one.service.protocol(one.handler), "127.0.0.1", 0)
+    async with server:
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        with sock:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, server.sockets[0].getsockname())
+            yield sock
+
+
+async def read_all(sock: socket.socket) -> bytes:
+    data = b""
+    while piece := await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 65536), 10):
+        data += piece
+    return data
+
+
+async def test_a_real_client_that_never_takes_its_last_answer_is_cut() -> None:
+    async with rig(Timeouts(idle=0.2)) as one, served(one) as sock:
+        one.handler.decide = lambda _: Answer(200, b"x" * 10_000_000, "text/plain")
+        request = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+        await asyncio.get_running_loop().sock_sendall(sock, request)
+        await eventually(lambda: len(one.records) == 1 and len(one.service.connections) == 1)
+
+
+async def test_a_real_client_reads_its_refusal_although_it_sends_on() -> None:
+    async with rig() as one, served(one) as sock:
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(
+            sock, b"POST / HTTP/1.1\r\nHost : a\r\nContent-Length: 1000000\r\n\r\n"
+        )
+        await loop.sock_sendall(sock, b"x" * 1_000_000)
+        answer = await read_all(sock)
+        assert problem(answer) == (400, "bad_request")
+
+
+async def test_a_cut_is_a_reset_for_a_real_client() -> None:
+    async with rig() as one, served(one) as sock:
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(sock, GET % b"1")
+        await eventually(lambda: bool(one.connector.asked))
+        upstream = await one.connect()
+        upstream.receive(OK[:-1])
+        assert await loop.sock_recv(sock, 65536) == OK[:-1]
+        upstream.break_off()
+        with pytest.raises(ConnectionResetError):
+            await asyncio.wait_for(loop.sock_recv(sock, 65536), 10)

@@ -200,6 +200,9 @@ class Downstream(asyncio.BufferedProtocol, Generic[P]):
     def drain(self) -> None:
         """See `Connection`."""
         if self._exchange is None and not self._head_started and not self._lingering:
+            if self.writable:
+                # TLS waits for the client's close_notify, and a frozen client never sends it.
+                self.deadline = self.worker.loop.time() + self.worker.timeouts.linger
             self.transport.close()
 
     # Heads.
@@ -262,7 +265,7 @@ class Downstream(asyncio.BufferedProtocol, Generic[P]):
         if isinstance(route, Route):
             exchange.start(route, rest)
         elif isinstance(route, Answer):
-            exchange.answer(route)
+            exchange.answer(route, rest)
         else:
             exchange.answer_later(route)
 
@@ -304,6 +307,8 @@ class Downstream(asyncio.BufferedProtocol, Generic[P]):
         """Hand over what was held."""
         self._tunnel = True
         kept, self._pending = self._pending, b""
+        if self._saw_eof:  # there is no half of a tunnel
+            self.worker.loop.call_soon(self.transport.close)
         self.resume_reading()
         return kept
 

@@ -290,8 +290,10 @@ class Exchange:
 
     # The end.
 
-    def answer(self, answer: Answer) -> None:
-        """Answer from the mesh itself."""
+    def answer(self, answer: Answer, rest: bytes = b"") -> None:
+        """Answer from the mesh itself; `rest` is what was read of the body, where there is one."""
+        if not self.request_done and self._response is None:
+            self._swallow(self._early + rest)
         self.status = answer.status
         self.code = answer.code
         keep = self._may_persist()
@@ -305,6 +307,18 @@ class Exchange:
         self.bytes_down += len(out)
         self._client.write(out)
         self._end(keep=keep)
+
+    def _swallow(self, data: bytes) -> None:
+        """Take a body that is here whole: refusing it need not cost the client its connection."""
+        body = RequestBody(self.fields, frozenset())
+        try:
+            _, taken = body.feed(data)
+        except MalformedError:
+            return
+        if body.done:
+            self.request_done = True
+            if taken < len(data):
+                self._client.keep_for_later(data[taken:])
 
     def answer_later(self, answer: Coroutine[None, None, Answer]) -> None:
         """Answer with what `answer` gives, for what cannot be told at once."""

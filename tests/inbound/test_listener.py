@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from tests.identities import APP_A, APP_B, FakeIdentity, snapshot_of
+from tests.integration.harness import Client, eventually, request
+
+from dstack_mesh.identity.snapshot import Snapshot
+from dstack_mesh.inbound import listener as module
+from dstack_mesh.inbound.listener import TlsListener
+from dstack_mesh.listen import bind
+from dstack_mesh.model import TcpAddress
+from dstack_mesh.relay.answers import Answer
+from dstack_mesh.relay.deadlines import Timeouts
+from dstack_mesh.relay.service import Service
+from dstack_mesh.relay.worker import Worker
+from dstack_mesh.sim.kms import Kms
+from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
+
+KMS = Kms.create(b"listener")
+OURS = snapshot_of(KMS, APP_A)
+CALLER = snapshot_of(KMS, APP_B).client_context
+
+
+class Plan:
+    def __init__(self, fields: RequestFields) -> None:
+        self.fields = fields
+
+
+class Hello:
+    """Answers everything itself."""
+
+    def connected(self, transport: asyncio.Transport) -> None:
+        assert transport.get_extra_info("ssl_object") is not None
+
+    def may_persist(self) -> bool:
+        return True
+
+    def plan(self, line: RequestLine, block: bytes) -> Plan:
+        return Plan(parse_request_fields(block, line.minor, frozenset(), line.authority))
+
+    def route(self, line: RequestLine, plan: Plan) -> Answer:
+        return Answer(200, b"hello\n", "text/plain")
+
+
+class FakeTerminator:
+    def __init__(self) -> None:
+        self.snapshots: list[Snapshot] = []
+
+    def handler(self, snapshot: Snapshot) -> Hello:
+        self.snapshots.append(snapshot)
+        return Hello()
+
+
+class FailingLoop:
+    """The running loop, but accepting fails for as long as the test says so."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.failures: list[OSError] = []
+        self.asked: list[float] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    async def sock_accept(self, sock: socket.socket) -> tuple[socket.socket, object]:
+        self.asked.append(self._loop.time())
+        if self.failures:
+            raise self.failures.pop(0)
+        return await self._loop.sock_accept(sock)
+
+
+class Rig:
+    def __init__(self, *, max_connections: int = 10, head: float = 10.0) -> None:
+        self.loop = FailingLoop()
+        self.worker = Worker(self.loop, Timeouts(head=head))  # type: ignore[arg-type]
+        self.service = Service(self.worker, "inbound", max_connections=max_connections)
+        self.terminator = FakeTerminator()
+        self.identity = FakeIdentity(OURS)
+        self.handshakes: list[str] = []
+        self.listener = TlsListener(
+            self.service,
+            self.terminator,  # type: ignore[arg-type]
+            self.identity,  # type: ignore[arg-type]
+            max_connections,
+            self.handshakes.append,
+        )
+        self.sock = bind(TcpAddress("127.0.0.1", 0))
+        self.address = TcpAddress(*self.sock.getsockname())
+
+    async def hello(self, context: ssl.SSLContext = CALLER) -> None:
+        """Do a whole exchange on a connection of its own."""
+        async with Client.connect(self.address, context) as client:
+            await client.send(request())
+            assert (await client.answer()).body == b"hello\n"
+
+
+@contextlib.asynccontextmanager
+async def listening(**said: float) -> AsyncIterator[Rig]:
+    rig = Rig(**said)  # type: ignore[arg-type]
+    rig.listener.start(rig.sock)
+    try:
+        yield rig
+    finally:
+        await rig.listener.stop()
+        rig.listener.abort()
+        rig.service.abort()
+        await eventually(lambda: not rig.service.connections and not rig.listener._handshakes)
+        rig.worker.close()
+        rig.sock.close()
+
+
+async def closed(client: Client) -> bytes:
+    """Give all that comes up to the end of the connection."""
+    async with asyncio.timeout(10):
+        return await client.closed()
+
+
+async def test_a_connection_is_served_after_its_handshake() -> None:
+    async with listening() as rig:
+        await rig.hello()
+        await rig.hello()
+        assert rig.handshakes == ["ok", "ok"]
+        assert rig.terminator.snapshots == [OURS, OURS]
+
+
+async def test_a_new_identity_is_for_the_connections_after_it() -> None:
+    async with listening() as rig:
+        await rig.hello()
+        rig.identity.current = new = snapshot_of(KMS, APP_A, generation=2)
+        await rig.hello()
+        assert rig.terminator.snapshots == [OURS, new]
+
+
+async def test_the_limit_closes_before_tls() -> None:
+    async with listening(max_connections=1) as rig:
+        async with Client.connect(rig.address, CALLER) as first:
+            await first.send(request())
+            await first.answer()
+            async with Client.connect(rig.address) as second:
+                assert await closed(second) == b"", "not one byte, of TLS or else"
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                await rig.hello()
+            assert rig.handshakes == ["ok"], "there was no other handshake"
+            await first.send(request())
+            assert (await first.answer()).status == 200
+        await eventually(lambda: not rig.service.connections)
+        await rig.hello()
+
+
+async def test_handshakes_count_towards_the_limit() -> None:
+    async with listening(max_connections=2) as rig, contextlib.AsyncExitStack() as stack:
+        for _ in range(2):
+            await stack.enter_async_context(Client.connect(rig.address))
+        await eventually(lambda: len(rig.listener._handshakes) == 2)
+        async with Client.connect(rig.address) as third:
+            assert await closed(third) == b""
+        assert len(rig.terminator.snapshots) == 2
+
+
+async def test_without_an_identity_nobody_is_let_in() -> None:
+    async with listening() as rig:
+        rig.identity.current = None
+        async with Client.connect(rig.address) as client:
+            assert await closed(client) == b""
+        assert (rig.handshakes, rig.terminator.snapshots) == ([], [])
+        rig.identity.current = OURS
+        await rig.hello()
+
+
+async def test_a_handshake_has_its_time() -> None:
+    async with listening(head=0.2) as rig:
+        async with Client.connect(rig.address) as silent:
+            await rig.hello()  # who is silent keeps nobody waiting
+            assert await closed(silent) == b""
+        await eventually(lambda: rig.handshakes == ["ok", "failed"])
+        assert not rig.listener._handshakes
+
+
+@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x00" * 64, b""])
+async def test_what_is_not_tls_fails(said: bytes) -> None:
+    async with listening() as rig:
+        async with Client.connect(rig.address) as client:
+            if said:
+                await client.send(said)
+            else:
+                client.writer.write_eof()
+            assert b"HTTP" not in await closed(client)
+        await eventually(lambda: rig.handshakes == ["failed"])
+        await rig.hello()
+
+
+async def test_a_caller_of_another_kms_fails_in_the_handshake() -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    Kms.create(b"another").issue(APP_B).load_into(context)
+    async with listening() as rig:
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await rig.hello(context)
+        await eventually(lambda: rig.handshakes == ["failed"])
+        assert not rig.service.connections
+
+
+async def test_stop_lets_handshakes_in_progress_go_on() -> None:
+    async with listening() as rig, Client.connect(rig.address) as client:
+        await eventually(lambda: len(rig.listener._handshakes) == 1)
+        await rig.listener.stop()
+        await client.writer.start_tls(CALLER, server_hostname="x")
+        await client.send(request())
+        assert (await client.answer()).status == 200
+        async with Client.connect(rig.address) as late:  # the kernel's queue takes it, nobody else
+            await client.send(request())
+            assert (await client.answer()).status == 200
+            assert len(rig.terminator.snapshots) == 1
+            late.reset()
+    await rig.listener.stop()
+
+
+async def test_a_listener_that_was_not_started_can_be_stopped() -> None:
+    rig = Rig()
+    await rig.listener.stop()
+    rig.listener.abort()
+    rig.worker.close()
+    rig.sock.close()
+
+
+async def test_abort_gives_up_handshakes_in_progress() -> None:
+    async with listening() as rig, Client.connect(rig.address) as client:
+        await eventually(lambda: len(rig.listener._handshakes) == 1)
+        rig.listener.abort()
+        assert await closed(client) == b""
+        await eventually(lambda: not rig.listener._handshakes)
+        await rig.hello()
+
+
+async def test_without_descriptors_accepting_pauses(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ACCEPT_PAUSE", 0.05)
+    rig = Rig()
+    rig.loop.failures = [OSError(errno.EMFILE, "Too many open files") for _ in range(3)]
+    with caplog.at_level(logging.WARNING):
+        rig.listener.start(rig.sock)
+        await rig.hello()
+    failed = [one for one in caplog.records if one.getMessage() == "accept_failed"]
+    assert len(failed) == 3
+    assert "Too many open files" in failed[0].fields["error"]
+    gaps = [b - a for a, b in zip(rig.loop.asked[:3], rig.loop.asked[1:4], strict=True)]
+    assert all(gap >= 0.045 for gap in gaps), "a loop that does not pause eats a whole core"
+    await rig.listener.stop()
+    rig.service.abort()
+    await eventually(lambda: not rig.service.connections)
+    rig.worker.close()
+    rig.sock.close()

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from tests.relay.fakes import rig
+
+from dstack_mesh.relay.deadlines import Timeouts
+from dstack_mesh.relay.service import Service
+from dstack_mesh.relay.worker import Worker
+
+
+class FakeConnection:
+    def __init__(self) -> None:
+        self.drained = self.was_cut = 0
+
+    def drain(self) -> None:
+        self.drained += 1
+
+    def cut(self) -> None:
+        self.was_cut += 1
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Service]:
+    worker = Worker(asyncio.get_running_loop(), Timeouts())
+    yield Service(worker, "inbound", max_connections=2)
+    worker.close()
+
+
+async def test_the_limit(service: Service) -> None:
+    one, two, three = (FakeConnection() for _ in range(3))
+    assert service.opened(one)
+    assert service.has_room()
+    assert service.opened(two)
+    assert not service.has_room()
+    assert not service.opened(three)
+    assert service.connections == {one, two}
+    service.closed(three)  # it was never in the books
+    assert not service.has_room()
+    service.closed(one)
+    assert service.opened(three)
+
+
+async def test_draining_waits_for_the_last(service: Service) -> None:
+    one, two = FakeConnection(), FakeConnection()
+    service.opened(one)
+    service.opened(two)
+    drain = asyncio.create_task(service.drain())
+    await asyncio.sleep(0)
+    assert service.draining
+    assert (one.drained, two.drained) == (1, 1)
+    service.closed(one)
+    await asyncio.sleep(0)
+    assert not drain.done()
+    service.closed(two)
+    async with asyncio.timeout(5):
+        await drain
+
+
+async def test_draining_takes_connections_that_come_meanwhile(service: Service) -> None:
+    one, late = FakeConnection(), FakeConnection()
+    service.opened(one)
+    drain = asyncio.create_task(service.drain())
+    await asyncio.sleep(0)
+    service.opened(late)  # its handshake ended only now
+    service.closed(one)
+    await asyncio.sleep(0)
+    assert not drain.done()
+    service.closed(late)
+    async with asyncio.timeout(5):
+        await drain
+
+
+async def test_draining_without_connections_is_over_at_once(service: Service) -> None:
+    async with asyncio.timeout(5):
+        await service.drain()
+    assert service.draining
+
+
+async def test_abort_cuts_all(service: Service) -> None:
+    connections = [FakeConnection(), FakeConnection()]
+    for one in connections:
+        service.opened(one)
+    service.abort()
+    assert [one.was_cut for one in connections] == [1, 1]
+
+
+async def test_an_exchange_is_recorded_with_its_direction() -> None:
+    records: list[tuple[str, object]] = []
+    worker = Worker(asyncio.get_running_loop(), Timeouts())
+    service = Service(
+        worker,
+        "agent",
+        max_connections=1,
+        record=lambda direction, exchange: records.append((direction, exchange)),
+    )
+    exchange = object()
+    service.record(exchange)  # type: ignore[arg-type]
+    assert records == [("agent", exchange)]
+    Service(worker, "agent", max_connections=1).record(exchange)  # type: ignore[arg-type]
+    worker.close()
+
+
+async def test_real_connections_come_and_go() -> None:
+    async with rig(max_connections=2) as one:
+        other = one.accept()
+        assert len(one.service.connections) == 2
+        refused = one.accept()
+        assert b"503" in refused.take().split(b"\r\n")[0]
+        assert len(one.service.connections) == 2
+        other.break_off()
+        assert len(one.service.connections) == 1
+        async with asyncio.timeout(5):
+            await one.service.drain()
+        assert one.client.lost, "an idle connection is closed"
+        assert one.service.connections == set()
