@@ -233,7 +233,7 @@ async def test_a_listener_that_was_not_started_can_be_stopped() -> None:
 
 
 async def test_abort_gives_up_handshakes_in_progress() -> None:
-    async with listening() as rig, Client.connect(rig.address) as client:
+    async with listening(head=60.0) as rig, Client.connect(rig.address) as client:
         await eventually(lambda: len(rig.listener._handshakes) == 1)
         rig.listener.abort()
         assert await closed(client) == b""

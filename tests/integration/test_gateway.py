@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from dstack_mesh.model import TcpAddress
+from dstack_mesh.sim.backend import Backend
 from dstack_mesh.sim.gateway import GatewayInfo
 from tests.integration.harness import (
+    Client,
     Mesh,
     Wire,
     eventually,
     mesh,
     origin,
     problem,
+    request,
 )
 
 
@@ -299,3 +305,181 @@ async def test_instances_take_turns(target: Mesh) -> None:
     for _ in range(3):
         assert (await target.call("a", "b")).status == 200
         gateway.drop_connections()
+
+
+# More of finding and following it.
+
+
+async def start_astray(target: Mesh, **environ: str) -> None:
+    """Start `a` where it finds no gateway; its identity is there, and one look-up has failed."""
+    await target.start_closed("a", MESH_OUTBOUND_LISTEN="127.0.0.1:0", **environ)
+    sidecar = target.sidecars["a"]
+    await asyncio.wait_for(sidecar.identity.wait_loaded(), 10)
+    await eventually(lambda: "asked yet" not in str(sidecar.directory.reason))
+
+
+async def test_a_url_where_nobody_answers_is_not_waited_for(
+    target: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dstack_mesh.dstack.gateway.ASK_TIMEOUT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        urls = [f"http://127.0.0.1:{silent.getsockname()[1]}", target.world.gateway.info_url]
+        path = sys_config(target, {"gateway_urls": urls})
+        await target.start("a", backend=False, MESH_SYS_CONFIG=path)
+        assert (await target.call("a", "b")).status == 200
+
+
+async def test_the_newer_name_of_the_urls_wins(target: Mesh) -> None:
+    fields = {
+        "gateway_urls": [target.world.gateway.info_url],
+        "tproxy_urls": ["http://127.0.0.1:9"],
+    }
+    await target.start("a", backend=False, MESH_SYS_CONFIG=sys_config(target, fields))
+    assert (await target.call("a", "b")).status == 200
+
+
+async def test_no_gateway_answers_until_one_does(
+    target: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names every URL and why; a client's connection lives to see the end of it."""
+    monkeypatch.setattr("dstack_mesh.dstack.gateway.FIRST_RETRY", 0.05)
+    info, url = target.world.gateway.info, target.world.gateway.info_url
+    info.failing = True
+    path = sys_config(target, {"gateway_urls": ["http://127.0.0.1:9", url]})
+    await start_astray(target, MESH_SYS_CONFIG=path)
+    to_b = ("x-dstack-target-app", target.app_id("b"))
+    async with Client.connect(target.outbound("a")) as client:
+        await client.send(request("GET", "/", [to_b]))
+        detail = str(problem(await client.answer(), "gateway_unknown", 503)["detail"])
+        assert "http://127.0.0.1:9" in detail
+        assert url in detail
+        assert "500" in detail
+        info.failing = False
+        await eventually(lambda: target.sidecars["a"].directory.current is not None)
+        await client.send(request("GET", "/", [to_b]))
+        assert (await client.answer()).body == b"hello\n"
+
+
+@pytest.mark.parametrize("before", [None, "", "\x00", '{"gateway_urls": "x"}'])
+async def test_a_file_that_comes_late(
+    target: Mesh, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    """It is read anew for each look-up."""
+    monkeypatch.setattr("dstack_mesh.dstack.gateway.FIRST_RETRY", 0.05)
+    path = target.app("a").directory / "sys-config.json"
+    good = path.read_text()
+    path.unlink()
+    if before is not None:
+        path.write_text(before)
+    await start_astray(target)
+    fields = problem(await target.call("a", "b"), "gateway_unknown", 503)
+    assert str(path) in str(fields["detail"])
+    path.write_text(good)
+    await eventually(lambda: target.sidecars["a"].directory.current is not None)
+    assert (await target.call("a", "b")).status == 200
+
+
+async def test_failed_connections_have_it_asked_once_in_each_gap(
+    target: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gap = 0.3
+    monkeypatch.setattr("dstack_mesh.dstack.gateway.MIN_GAP", gap)
+    info = target.world.gateway.info
+    before, began, failures = info.requests, time.monotonic(), 0
+    await target.start("a", backend=False)
+    await target.world.gateway.stop_accepting()
+    while info.requests < before + 4:  # the first look-up, and three more
+        problem(await target.call("a", "b"), "connect_failed", 502)
+        failures += 1
+    assert time.monotonic() - began >= 3 * gap
+    assert failures > 4
+
+
+async def test_an_app_that_is_not_there_has_nobody_asked(
+    target: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway was reached: it is no failure of a connection to it."""
+    monkeypatch.setattr("dstack_mesh.dstack.gateway.MIN_GAP", 0.01)
+    await target.start("a", backend=False)
+    before = target.world.gateway.info.requests
+    for _ in range(10):
+        problem(await target.call("a", "0" * 40), "tls_failed", 502)
+        assert (await target.call("a", "b")).status == 200
+    assert target.world.gateway.info.requests == before
+
+
+# More of what is set by hand.
+
+
+async def test_by_hand_nobody_is_ever_asked(target: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even when connections fail. `DSTACK_GATEWAY_DOMAIN` is the setting's older name."""
+    monkeypatch.setattr("dstack_mesh.dstack.gateway.MIN_GAP", 0.01)
+    gateway = target.world.gateway
+    before = gateway.info.requests
+    await target.start("a", backend=False, DSTACK_GATEWAY_DOMAIN="sim.dstack.test")
+    await gateway.stop_accepting()
+    for _ in range(10):
+        problem(await target.call("a", "b"), "connect_failed", 502)
+    await gateway.resume_accepting()
+    assert (await target.call("a", "b")).status == 200
+    assert await domain(target) == "sim.dstack.test"
+    assert gateway.info.requests == before
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+async def test_a_fixed_address_is_no_server_name(target: Mesh, host: str) -> None:
+    """RFC 6066 3."""
+    await target.start("a", backend=False, MESH_GATEWAY=f"fixed/{host}:443")
+    problem(await target.call("a", "b"), "tls_failed", 502)
+    assert target.world.gateway.connections == {"": 1}
+
+
+# More of naming targets: what is asked for is also what answers.
+
+
+@contextlib.asynccontextmanager
+async def second_b(target: Mesh, listen: str) -> AsyncIterator[tuple[Backend, Backend]]:
+    """Run another sidecar of `b`, with a backend of its own; give the first's and that."""
+    first = target.backends.pop("b")
+    try:
+        await target.start("b", MESH_INBOUND_LISTEN=listen)
+        yield first, target.backends["b"]
+    finally:
+        await first.aclose()
+
+
+async def test_this_very_instance_answers(target: Mesh) -> None:
+    """By the app's name its instances take turns; by an instance's, it is always that one."""
+    await target.start("a", backend=False)
+    gateway, b, other = target.world.gateway, target.app("b"), "2b" * 20
+    async with second_b(target, f"127.77.0.2:{default_port(target)}") as (first, second):
+        for identifier in (other, b.app_id):
+            gateway.add_route(identifier, "127.77.0.2")
+        for _ in range(3):
+            headers = [("x-dstack-target-instance", other)]
+            assert (await target.call("a", "b", headers=headers)).status == 200
+        assert (len(first.requests), len(second.requests)) == (0, 3)
+        for _ in range(2):
+            headers = [("x-dstack-target-instance", b.instance_id)]
+            assert (await target.call("a", "b", headers=headers)).status == 200
+        assert (len(first.requests), len(second.requests)) == (2, 3)
+
+
+async def test_this_very_port_answers(target: Mesh) -> None:
+    await target.start("a", backend=False)
+    async with second_b(target, f"{target.app('b').host}:0") as (first, second):
+        for port in (default_port(target), str(target.inbound("b").port)):
+            headers = [("x-dstack-target-port", port)]
+            assert (await target.call("a", "b", headers=headers)).status == 200
+        assert (len(first.requests), len(second.requests)) == (1, 1)
+        assert (await target.call("a", "b")).status == 200
+        assert (len(first.requests), len(second.requests)) == (2, 1)
+
+
+async def test_the_default_port_is_443(target: Mesh) -> None:
+    await target.start("a", backend=False, MESH_DEFAULT_PORT="unset")
+    gateway, b, inbound = target.world.gateway, target.app("b"), target.inbound("b")
+    gateway.remove_route(b.app_id)
+    gateway.add_route(b.app_id, inbound.host, inbound.port)
+    assert (await target.call("a", "b")).status == 200
+    assert gateway.connections == {f"{b.app_id}-443s.{gateway.base_domain}": 1}

@@ -13,7 +13,7 @@ from dstack_mesh.errors import UpstreamProtocolError
 from dstack_mesh.wire.fields import MalformedError
 from dstack_mesh.wire.limits import MAX_HEAD_BYTES, MAX_INTERIM_RESPONSES
 from dstack_mesh.wire.request import parse_request_fields
-from dstack_mesh.wire.translate import RequestBody, Response, ResponseRules
+from dstack_mesh.wire.translate import RequestBody, Response, ResponseRules, behind_body
 
 RULES = ResponseRules(remote_errors=False)
 REMOVE = frozenset((b"x-own",))
@@ -30,6 +30,22 @@ def bytewise(data: bytes) -> list[bytes]:
 
 
 # Requests' bodies.
+
+
+@pytest.mark.parametrize(
+    ("lines", "data", "beyond"),
+    [
+        (b"Content-Length: 2\r\n", b"ab", b""),
+        (b"Content-Length: 2\r\n", b"abGET", b"GET"),
+        (b"Content-Length: 2\r\n", b"a", None),
+        (b"Transfer-Encoding: chunked\r\n", b"1\r\na\r\n0\r\n\r\nGET", b"GET"),
+        (b"Transfer-Encoding: chunked\r\n", b"1\r\na\r\n0\r\n", None),
+        (b"Transfer-Encoding: chunked\r\n", b"nonsense\r\n", None),
+    ],
+)
+def test_what_is_behind_a_whole_body(lines: bytes, data: bytes, beyond: bytes | None) -> None:
+    fields = parse_request_fields(b"Host: a\r\n" + lines, 1, REMOVE)
+    assert behind_body(fields, data) == beyond
 
 
 def request_body(lines: bytes) -> RequestBody:

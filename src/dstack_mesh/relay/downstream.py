@@ -7,15 +7,14 @@ import contextlib
 import re
 import socket
 import struct
-from collections.abc import Coroutine
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Generic, cast
 
 from dstack_mesh.errors import BadRequest, HeaderTooLarge, MeshError, Overloaded, UriTooLong
 from dstack_mesh.relay.answers import Answer, find_request_id, problem
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.exchange import Exchange
+from dstack_mesh.relay.interfaces import Handler, Listener, P
 from dstack_mesh.relay.upstream import Route
-from dstack_mesh.relay.worker import Worker
 from dstack_mesh.wire.body import Bytes
 from dstack_mesh.wire.fields import has_bare_lf, is_token
 from dstack_mesh.wire.limits import (
@@ -23,74 +22,11 @@ from dstack_mesh.wire.limits import (
     MAX_REQUEST_LINE_BYTES,
     MAX_REQUEST_TARGET_BYTES,
 )
-from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_line
+from dstack_mesh.wire.request import parse_request_line
 
 _WRITE_HIGH_WATER = 128 * 1024
 _after_empty_lines = re.compile(rb"\A(?:\r\n)++").sub
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
-
-
-class Plan(Protocol):
-    """What a handler made of a request's field lines."""
-
-    @property
-    def fields(self) -> RequestFields:
-        """The fields as parsed."""
-        ...
-
-
-P = TypeVar("P", bound=Plan)
-
-
-class Handler(Protocol[P]):
-    """Decides what becomes of the requests of one connection."""
-
-    def connected(self, transport: asyncio.Transport) -> None:
-        """Learn of the connection, once its TLS handshake is done where it has one."""
-        ...
-
-    def plan(self, line: RequestLine, block: bytes) -> P:
-        """Understand a head. Raises `BadRequest` or `HeaderTooLarge`, which ends the connection."""
-        ...
-
-    def route(self, line: RequestLine, plan: P) -> Route | Answer | Coroutine[None, None, Answer]:
-        """Decide where the request goes, or answer it, now or later. Raises a `MeshError`."""
-        ...
-
-    def may_persist(self) -> bool:
-        """Tell whether the connection may carry another request after this one."""
-        ...
-
-
-class Listener(Protocol):
-    """The listener that accepted a connection."""
-
-    worker: Worker
-    draining: bool
-
-    def opened(self, connection: Connection) -> bool:
-        """Enter a connection in the books; `False` when there is no room for it."""
-        ...
-
-    def closed(self, connection: Connection) -> None:
-        """Take a connection off the books."""
-        ...
-
-    def record(self, exchange: Exchange) -> None:
-        """Record an exchange that has ended."""
-        ...
-
-
-class Connection(Protocol):
-    """What a listener needs of its connections."""
-
-    def drain(self) -> None:
-        """Close now if idle, else after the exchange in progress."""
-        ...
-
-    def cut(self) -> None:
-        """End the connection at once."""
-        ...
 
 
 class Downstream(asyncio.BufferedProtocol, Generic[P]):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
-from typing import Protocol
 
 from dstack_mesh.errors import (
     BadRequest,
@@ -23,50 +22,18 @@ from dstack_mesh.log import event
 from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.answers import Answer, problem, settled
 from dstack_mesh.relay.deadlines import NEVER
+from dstack_mesh.relay.interfaces import Client
 from dstack_mesh.relay.upstream import Route, Upstream
-from dstack_mesh.relay.worker import Worker
 from dstack_mesh.wire.body import Bytes
 from dstack_mesh.wire.fields import MalformedError
 from dstack_mesh.wire.framing import Framing
 from dstack_mesh.wire.request import RequestFields, RequestLine
-from dstack_mesh.wire.translate import RequestBody, Response
+from dstack_mesh.wire.translate import RequestBody, Response, behind_body
 
 log = logging.getLogger(__name__)
 
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 """RFC 9110 9.2.2."""
-
-
-class Client(Protocol):
-    """The client's connection, as its exchange sees it."""
-
-    worker: Worker
-    deadline: float
-    writable: bool
-
-    def write(self, data: bytes) -> None:
-        """Send to the client."""
-
-    def pause_reading(self) -> None:
-        """Stop reading, so that what the client sends waits in its socket."""
-
-    def resume_reading(self) -> None:
-        """Read on."""
-
-    def keep_for_later(self, data: Bytes) -> None:
-        """Take bytes behind the request's end."""
-
-    def begin_tunnel(self) -> bytes:
-        """Give the bytes kept for later: they belong to the new protocol."""
-
-    def may_persist(self) -> bool:
-        """Tell whether the listener wants another request on this connection."""
-
-    def exchange_ended(self, exchange: Exchange, keep: bool) -> None:
-        """Go on with the next request, or close."""
-
-    def cut(self) -> None:
-        """End the connection so that the client sees its response as incomplete."""
 
 
 class Exchange:
@@ -293,7 +260,12 @@ class Exchange:
     def answer(self, answer: Answer, rest: bytes = b"") -> None:
         """Answer from the mesh itself; `rest` is what was read of the body, where there is one."""
         if not self.request_done and self._response is None:
-            self._swallow(self._early + rest)
+            # A body that is here whole: refusing it need not cost the client its connection.
+            beyond = behind_body(self.fields, self._early + rest)
+            if beyond is not None:
+                self.request_done = True
+                if beyond:
+                    self._client.keep_for_later(beyond)
         self.status = answer.status
         self.code = answer.code
         keep = self._may_persist()
@@ -307,18 +279,6 @@ class Exchange:
         self.bytes_down += len(out)
         self._client.write(out)
         self._end(keep=keep)
-
-    def _swallow(self, data: bytes) -> None:
-        """Take a body that is here whole: refusing it need not cost the client its connection."""
-        body = RequestBody(self.fields, frozenset())
-        try:
-            _, taken = body.feed(data)
-        except MalformedError:
-            return
-        if body.done:
-            self.request_done = True
-            if taken < len(data):
-                self._client.keep_for_later(data[taken:])
 
     def answer_later(self, answer: Coroutine[None, None, Answer]) -> None:
         """Answer with what `answer` gives, for what cannot be told at once."""

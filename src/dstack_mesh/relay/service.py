@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from dstack_mesh.relay.downstream import Connection, Downstream, Handler, P
+from dstack_mesh.relay.downstream import Downstream
 from dstack_mesh.relay.exchange import Exchange
+from dstack_mesh.relay.interfaces import Connection, Handler, P
 from dstack_mesh.relay.worker import Worker
 
 Recorder = Callable[[str, Exchange], None]

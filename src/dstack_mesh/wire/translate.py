@@ -43,6 +43,16 @@ class RequestBody:
         return out, taken
 
 
+def behind_body(fields: RequestFields, data: Bytes) -> bytes | None:
+    """Give what follows a request's body that `data` holds whole; None where it does not."""
+    body = RequestBody(fields, frozenset())
+    try:
+        _, taken = body.feed(data)
+    except MalformedError:
+        return None
+    return bytes(data[taken:]) if body.done else None
+
+
 class ResponseRules:
     """What becomes of response fields in one direction: names to take out, and one to mark."""
 
