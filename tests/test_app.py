@@ -262,6 +262,8 @@ async def test_nothing_is_left_after_stop(one: Mesh, tmp_path: Path) -> None:
             target = [("x-dstack-target-app", one.app_id("b"))]
             await busy.send(request("GET", "/wait", target))
             await eventually(lambda: len(backends[1].requests) == 2)
+            # On connections of its own, which are then kept idle on either side.
+            assert (await one.call("a", "b")).status == 200
             for name in "ab":
                 await one.sidecars[name].stop()
             async with asyncio.timeout(5):

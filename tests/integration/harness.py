@@ -359,8 +359,10 @@ class Origin:
         """All that came, on all connections."""
         return b"".join(wire.received for wire in self.wires)
 
-    async def start(self, host: str = "127.0.0.1", port: int = 0) -> TcpAddress:
-        self._server = await asyncio.start_server(self._accept, host, port)
+    async def start(
+        self, host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None
+    ) -> TcpAddress:
+        self._server = await asyncio.start_server(self._accept, host, port, ssl=tls)
         bound_host, bound_port = self._server.sockets[0].getsockname()[:2]
         return TcpAddress(bound_host, bound_port)
 
@@ -393,12 +395,15 @@ class Origin:
 
 @contextlib.asynccontextmanager
 async def origin(
-    serve: Callable[[Wire], Awaitable[None]], host: str = "127.0.0.1", port: int = 0
+    serve: Callable[[Wire], Awaitable[None]],
+    host: str = "127.0.0.1",
+    port: int = 0,
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[tuple[Origin, TcpAddress]]:
     """Run an `Origin` for the block; give it and its address."""
     one = Origin(serve)
     try:
-        yield one, await one.start(host, port)
+        yield one, await one.start(host, port, tls)
     finally:
         await one.aclose()
 

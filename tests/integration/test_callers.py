@@ -125,11 +125,13 @@ async def test_a_good_caller_reaches_the_backend(there: Called, version: str) ->
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-async def test_a_session_is_not_resumed(there: Called, version: str) -> None:
+async def test_a_session_is_not_resumed(tmp_path: Path, version: str) -> None:
     """A resumed session has no chain to check, so each connection shows its certificate anew."""
-    issued = there.kms.issue(CALLER)
-    context = caller_context(there.kms.root_pem, issued, VERSIONS[version])
-    assert await asyncio.to_thread(resumes, there.inbound, context) is False
+    async with mesh(tmp_path, ["b"]) as one:
+        await one.start("b", MESH_TLS_MIN_VERSION=version)
+        kms = one.world.kms
+        context = caller_context(kms.root_pem, kms.issue(CALLER), VERSIONS[version])
+        assert await asyncio.to_thread(resumes, one.inbound("b"), context) is False
 
 
 async def test_a_refused_connection_stays_refused(there: Called, untouched: int) -> None:

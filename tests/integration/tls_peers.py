@@ -157,7 +157,8 @@ def _alert_of(address: TcpAddress, context: ssl.SSLContext) -> str:
     with socket.create_connection((address.host, address.port), timeout=10) as plain:
         try:
             with context.wrap_socket(plain) as tls:
-                tls.sendall(request("POST", "/secret", body=b"x" * 1000))
+                # More than fits on the way: the alert has to survive that all of it is refused.
+                tls.sendall(request("POST", "/secret", body=bytes(4_000_000)))
                 received = tls.recv(65536)
         except ssl.SSLError as error:
             if match := _ALERT.fullmatch(error.reason or ""):

@@ -983,6 +983,28 @@ async def test_an_answer_that_takes_its_time_to_a_request_with_a_body() -> None:
         assert (one.client.ended, one.client.waiting) == (True, 0)
 
 
+@pytest.mark.parametrize("cut", range(7))
+async def test_a_body_before_a_late_answer_is_never_read_as_a_request(cut: int) -> None:
+    ready = asyncio.Event()
+
+    async def later() -> Answer:
+        await ready.wait()
+        return Answer(200, b"later", "text/plain")
+
+    async with rig() as one:
+        one.handler.decide = lambda line: (
+            later() if line.target == b"/" else Answer(200, line.target, "text/plain")
+        )
+        data = b"abcdef" + GET % b"next"
+        one.client.receive(POST % 6 + data[:cut])
+        one.client.receive(data[cut:])
+        ready.set()
+        await one.turn()
+        sent = one.client.take()
+        assert sent.count(b"HTTP/1.1 200 OK") == sent.count(b"HTTP/1.1 ") == 2
+        assert sent.endswith(b"/next")
+
+
 async def test_an_answer_to_a_client_that_is_gone() -> None:
     ready = asyncio.Event()
 

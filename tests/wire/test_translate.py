@@ -486,6 +486,14 @@ def test_the_number_of_interim_responses_is_limited() -> None:
             one.feed(memoryview(interim))
 
 
+def test_a_short_head_behind_a_long_interim_one_is_found() -> None:
+    interim = b"HTTP/1.1 103 Early\r\nLink: " + b"x" * 500 + b"\r\n\r\n"
+    final = b"HTTP/1.1 204 No\r\n\r\n"
+    one = response()
+    assert receive(one, [interim[:-2], interim[-2:] + final]) == interim + final
+    assert one.done
+
+
 def head_of(size: int) -> bytes:
     """Make a response head of `size` bytes, its blank line included."""
     start = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX: "

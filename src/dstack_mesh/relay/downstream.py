@@ -203,7 +203,7 @@ class Downstream(asyncio.BufferedProtocol, Generic[P]):
         elif isinstance(route, Answer):
             exchange.answer(route, rest)
         else:
-            exchange.answer_later(route)
+            exchange.answer_later(route, rest)
 
     def _next(self) -> None:
         """Look for a request in what was kept."""

@@ -280,8 +280,10 @@ class Exchange:
         self._client.write(out)
         self._end(keep=keep)
 
-    def answer_later(self, answer: Coroutine[None, None, Answer]) -> None:
-        """Answer with what `answer` gives, for what cannot be told at once."""
+    def answer_later(self, answer: Coroutine[None, None, Answer], rest: bytes = b"") -> None:
+        """Answer with what `answer` gives, for what cannot be told at once; `rest`: see above."""
+        if not self.request_done:
+            self._early = rest
 
         async def wait() -> None:
             given = await settled(answer, self.fields.request_id.decode("latin-1"))
