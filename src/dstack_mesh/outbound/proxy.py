@@ -45,7 +45,7 @@ class OutboundOptions:
 class OutboundPlan:
     """What a request's field lines mean to this side; remembered with them."""
 
-    __slots__ = ("_target_error", "fields", "gateway", "lane", "target", "values")
+    __slots__ = ("fields", "gateway", "lane", "target", "values")
 
     def __init__(self, fields: RequestFields) -> None:
         self.fields = fields
