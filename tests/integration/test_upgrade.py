@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.http11 import Request as WsRequest
 from websockets.http11 import Response as WsResponse
+from websockets.typing import Subprotocol
 
 from tests.integration.harness import (
     Answer,
@@ -21,6 +23,7 @@ from tests.integration.harness import (
     Mesh,
     Wire,
     answers,
+    eventually,
     mesh,
     mesh_before,
     problem,
@@ -61,9 +64,17 @@ async def mesh_before_websocket(
     tmp_path: Path,
     handler: Callable[[ServerConnection], Awaitable[None]],
     process_request: Callable[[ServerConnection, WsRequest], WsResponse | None] | None = None,
+    subprotocols: list[Subprotocol] | None = None,
 ) -> AsyncIterator[Mesh]:
     """Open a mesh of `a` and `b`, where `b`'s backend is a WebSocket server."""
-    server = await serve(handler, "127.0.0.1", 0, max_size=None, process_request=process_request)
+    server = await serve(
+        handler,
+        "127.0.0.1",
+        0,
+        max_size=None,
+        process_request=process_request,
+        subprotocols=subprotocols,
+    )
     port = server.sockets[0].getsockname()[1]
     try:
         async with mesh(tmp_path) as one:
@@ -629,3 +640,98 @@ async def test_a_switch_to_what_was_not_passed_on(
         problem(refused, "upstream_protocol_error", 502)
         assert refused.error.endswith("; remote")
         assert (await pair.call("a", "b", path="/next")).body == b"ok"
+
+
+# Many at once, the last words, and the pool beside a tunnel.
+
+
+async def test_many_web_sockets_at_once(tmp_path: Path) -> None:
+    """Each with a subprotocol that both ends agree on, and none with another's messages."""
+
+    async def talk(pair: Mesh, number: int) -> None:
+        async with connect(
+            f"ws://{pair.outbound('a')}/",
+            additional_headers=dict([to_b(pair)]),
+            subprotocols=[Subprotocol("two")],
+            proxy=None,
+        ) as ws:
+            assert ws.subprotocol == "two"
+            for turn in range(5):
+                await ws.send(f"{number} {turn}")
+                assert await ws.recv() == f"{number} {turn}"
+
+    spoken = [Subprotocol("one"), Subprotocol("two")]
+    async with (
+        mesh_before_websocket(tmp_path, say_back, subprotocols=spoken) as pair,
+        asyncio.timeout(2 * DEADLINE),
+    ):
+        await asyncio.gather(*(talk(pair, number) for number in range(20)))
+
+
+async def test_what_a_client_says_last_arrives(tmp_path: Path) -> None:
+    """All of it, although it closes at once and the target reads slowly."""
+    said = os.urandom(3 * MIB)
+    go = asyncio.Event()
+
+    async def serve_bytes(wire: Wire) -> None:
+        await wire.head()
+        await wire.send(SWITCHED)
+        await go.wait()
+        await wire.to_end()
+
+    async with mesh_before(tmp_path, serve_bytes) as (pair, backend):
+        async with Client.connect(pair.outbound("a")) as client:
+            await client.send(asking(pair))
+            await client.until(b"\r\n\r\n")
+            sending = asyncio.create_task(client.send(said))
+            await asyncio.wait([sending], timeout=0.2)
+            go.set()
+            await sending
+        wire = backend.wires[0]
+        await eventually(lambda: wire.ended)
+        assert wire.received.partition(b"\r\n\r\n")[2] == said
+
+
+async def test_a_tunnel_is_never_pooled(tmp_path: Path) -> None:
+    async def serve_bytes(wire: Wire) -> None:
+        while b"Upgrade" not in await wire.head():
+            await wire.send(OK)
+        await wire.send(SWITCHED)
+        await wire.to_end()
+
+    async with mesh_before(tmp_path, serve_bytes) as (pair, backend):
+        async with Client.connect(pair.outbound("a")) as client:
+            await client.send(asking(pair))
+            await client.until(b"\r\n\r\n")
+            assert (await pair.call("a", "b")).body == b"ok"
+            assert len(backend.wires) == 2
+        await eventually(lambda: backend.wires[0].ended)
+        assert (await pair.call("a", "b")).body == b"ok"
+        assert len(backend.wires) == 2
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        OK,
+        b"HTTP/1.1 400 Bad Request\r\nContent-Length: 2\r\n\r\nno",
+        b"HTTP/1.1 426 Upgrade Required\r\nUpgrade: other\r\nContent-Length: 2\r\n\r\nno",
+    ],
+)
+async def test_a_refused_upgrade_leaves_the_connection(tmp_path: Path, refusal: bytes) -> None:
+    async def serve_one(wire: Wire) -> None:
+        while True:
+            await wire.send(refusal if b"Upgrade" in await wire.head() else OK)
+
+    async with (
+        mesh_before(tmp_path, serve_one) as (pair, backend),
+        Client.connect(pair.outbound("a")) as client,
+    ):
+        for _ in range(2):
+            await client.send(asking(pair))
+            answer = await client.answer()
+            assert answer.status == int(refusal[9:12])
+            assert answer.get(b"connection") is None
+            await client.send(request("GET", "/", [("x-dstack-target-app", pair.app_id("b"))]))
+            assert (await client.answer()).body == b"ok"
+        assert len(backend.wires) == 1
