@@ -324,5 +324,4 @@ def _timeouts(settings: Settings) -> Timeouts:
         head=settings.head_timeout,
         idle=settings.idle_timeout,
         response=settings.outbound.response_timeout or NEVER,
-        connect=settings.outbound.connect_timeout,
     )

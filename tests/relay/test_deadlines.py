@@ -191,7 +191,7 @@ def test_after_close_nothing_expires(loop: FakeLoop, deadlines: Deadlines) -> No
         (Timeouts(response=0.4), 0.05),
         (Timeouts(linger=0.001), 0.02),
         (Timeouts(head=100, linger=100), 1.0),
-        (Timeouts(NEVER, NEVER, NEVER, NEVER, NEVER), 1.0),
+        (Timeouts(NEVER, NEVER, NEVER, NEVER), 1.0),
     ],
 )
 def test_the_sweep_is_fine_enough_for_the_shortest(timeouts: Timeouts, tick: float) -> None:

@@ -25,8 +25,6 @@ class Timeouts:
     """With no exchange and nothing moving."""
     response: float = 60.0
     """From the request's end to the response's first byte."""
-    connect: float = 10.0
-    """Name, TCP and TLS together."""
     linger: float = 5.0
     """To let a client read an answer that came before its request had ended."""
 

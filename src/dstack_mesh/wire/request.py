@@ -51,14 +51,12 @@ class RequestFields:
 
     __slots__ = (
         "_options",
-        "expects_continue",
         "forwarded",
         "framing",
         "host",
         "length",
         "removed",
         "request_id",
-        "transfer_encoded",
         "upgrade",
     )
 
@@ -68,11 +66,9 @@ class RequestFields:
         forwarded: bytes,
         framing: Framing,
         length: int,
-        transfer_encoded: bool,
         host: bytes | None,
         options: frozenset[bytes],
         upgrade: bytes,
-        expects_continue: bool,
         removed: list[Field],
         request_id: bytes,
     ) -> None:
@@ -81,12 +77,10 @@ class RequestFields:
         self.framing = framing
         self.length = length
         """The body's bytes where `framing` is LENGTH."""
-        self.transfer_encoded = transfer_encoded
         self.host = host
         self._options = options
         self.upgrade = upgrade
         """The protocols asked for, without those the mesh cannot carry; empty for none."""
-        self.expects_continue = expects_continue
         self.removed = removed
         """Fields of the `remove` set: lower-cased names and values, in their order."""
         self.request_id = request_id
@@ -185,11 +179,9 @@ def _understand(
         forwarded=forwarded,
         framing=request_framing(declared, length),
         length=length,
-        transfer_encoded=declared is Framing.CHUNKED,
         host=host,
         options=options,
         upgrade=upgrade,
-        expects_continue=any(v.lower() == b"100-continue" for v in singles[b"expect"]),
         removed=removed,
         request_id=ids[0] if ids else b"",
     )
@@ -198,7 +190,6 @@ def _understand(
 _READ = (
     b"connection",
     b"content-length",
-    b"expect",
     b"host",
     b"keep-alive",
     b"proxy-connection",
