@@ -145,8 +145,15 @@ def test_tokens_rfc9110_5_6_2() -> None:
     assert not is_token(b"")
 
 
-def test_a_name_is_like_the_one_that_a_cgi_would_read() -> None:
-    assert likeness(b"x_dstack-app_id") == b"x-dstack-app-id"
+@pytest.mark.parametrize(
+    "name", [b"x_dstack-app_id", b"X-DSTACK-APP-ID", b"X.Dstack.App.Id", b"x!dstack~app|id"]
+)
+def test_a_name_is_like_the_one_that_a_cgi_would_read(name: bytes) -> None:
+    assert likeness(name) == b"x-dstack-app-id"
+
+
+def test_letters_and_digits_make_a_difference() -> None:
+    assert len({likeness(b"x" + bytes([tchar])) for tchar in TCHAR}) == 26 + 10 + 1
 
 
 @pytest.mark.parametrize(

@@ -302,6 +302,13 @@ CASES = [
     ),
     Case("204", b"HTTP/1.1 204 No\r\n\r\n", b"HTTP/1.1 204 No\r\n\r\n", status=204),
     Case(
+        "RFC 9110 8.6: 204 and 1xx pass without a length, be it 0",
+        b"HTTP/1.1 103 Early\r\ncontent-length: 0\r\nLink: a\r\n\r\n"
+        b"HTTP/1.1 204 No\r\nA: b\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 103 Early\r\nLink: a\r\n\r\nHTTP/1.1 204 No\r\nA: b\r\n\r\n",
+        status=204,
+    ),
+    Case(
         "204 with a body all the same",
         b"HTTP/1.1 204 No\r\n\r\nabc",
         b"HTTP/1.1 204 No\r\n\r\n",

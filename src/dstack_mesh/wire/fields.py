@@ -100,9 +100,18 @@ def is_token(value: bytes) -> bool:
     return _is_token(value) is not None
 
 
-def likeness(lower_name: bytes) -> bytes:
-    """Give the name that a backend could take a field for: many read `_` as `-` (CGI, WSGI)."""
-    return lower_name.replace(b"_", b"-")
+_ALIKE = bytes(
+    ord(chr(byte).lower()) if byte < 0x80 and chr(byte).isalnum() else 0x2D for byte in range(256)
+)
+
+
+def likeness(name: bytes) -> bytes:
+    """Give the name that a backend could take a field for, whatever its spelling.
+
+    CGI (RFC 3875 4.1.18) and what was made after it tell neither case nor `_` from `-`, and some
+    take every other sign for `-` too.
+    """
+    return name.translate(_ALIKE)
 
 
 def forwardable_trailers(block: bytes, remove: frozenset[bytes]) -> bytes:
@@ -113,7 +122,7 @@ def forwardable_trailers(block: bytes, remove: frozenset[bytes]) -> bytes:
     kept = [
         field
         for field in parse_fields(block)
-        if (alike := likeness(field[0].lower())) not in _NEVER_IN_TRAILERS and alike not in remove
+        if (alike := likeness(field[0])) not in _NEVER_IN_TRAILERS and alike not in remove
     ]
     return serialise(kept)
 

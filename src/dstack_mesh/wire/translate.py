@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from dstack_mesh.errors import UpstreamProtocolError
 from dstack_mesh.wire.body import Bytes, CloseDecoder, Decoder, chunk, decoder, last_chunk
 from dstack_mesh.wire.fields import MalformedError, has_bare_lf
@@ -173,7 +175,7 @@ class Response:
         _checked_framing(self._method, line, fields)
         if self._client_minor == 0:
             return b""  # RFC 9110 15.2: an HTTP/1.0 client knows no 1xx
-        return b"HTTP/1.1 %b\r\n%b\r\n" % (line.rest, fields.forwarded)
+        return b"HTTP/1.1 %b\r\n%b\r\n" % (line.rest, _without_length(fields))
 
     def _switch(self, line: StatusLine, fields: ResponseFields) -> bytes:
         _checked_framing(self._method, line, fields)
@@ -185,7 +187,7 @@ class Response:
         self.switched = True
         return b"HTTP/1.1 %b\r\n%bConnection: Upgrade\r\nUpgrade: %b\r\n\r\n" % (
             line.rest,
-            fields.forwarded,
+            _without_length(fields),
             fields.upgrade,
         )
 
@@ -206,7 +208,8 @@ class Response:
             own += b"Connection: close\r\n"
         elif self._client_minor == 0:
             own += b"Connection: keep-alive\r\n"
-        head = b"HTTP/1.1 %b\r\n%b%b\r\n" % (line.rest, fields.forwarded, own)
+        forwarded = _without_length(fields) if line.status == 204 else fields.forwarded
+        head = b"HTTP/1.1 %b\r\n%b%b\r\n" % (line.rest, forwarded, own)
         if framing is Framing.NONE:
             self._end(excess=bool(rest))
             return head
@@ -244,4 +247,12 @@ def _checked_framing(method: bytes, line: StatusLine, fields: ResponseFields) ->
         raise UpstreamProtocolError(f"the upstream sent {error}") from error
 
 
+def _without_length(fields: ResponseFields) -> bytes:
+    """Give the fields of a response that may not declare a length, not even 0 (RFC 9110 8.6)."""
+    if fields.declared is None:
+        return fields.forwarded
+    return _content_length(b"", fields.forwarded)
+
+
+_content_length = re.compile(rb"^content-length:[^\n]*+\n", re.IGNORECASE | re.MULTILINE).sub
 _HEAD_TOO_LARGE = f"the response's head is over {MAX_HEAD_BYTES} bytes"
