@@ -18,6 +18,7 @@ from dstack_mesh.dstack.agent import AgentClient
 from dstack_mesh.dstack.gateway import GatewayDirectory
 from dstack_mesh.identity.source import AgentSource, CredentialSource, FileSource
 from dstack_mesh.identity.store import IdentityStore, Snapshot
+from dstack_mesh.inbound.auth_service import AuthService
 from dstack_mesh.inbound.listener import TlsListener
 from dstack_mesh.inbound.terminator import InboundOptions, Terminator
 from dstack_mesh.log import event
@@ -26,7 +27,6 @@ from dstack_mesh.ops.metrics import Metrics, Sample
 from dstack_mesh.ops.readiness import Readiness, backend_answers
 from dstack_mesh.outbound.proxy import OutboundOptions, OutboundProxy
 from dstack_mesh.relay.deadlines import NEVER, Timeouts
-from dstack_mesh.relay.exchange import Exchange
 from dstack_mesh.relay.pool import Pool
 from dstack_mesh.relay.service import Service
 from dstack_mesh.relay.worker import Worker
@@ -107,6 +107,7 @@ class Sidecar:
         self._admin = Service(self.worker, "admin", max_connections=_ADMIN_CONNECTIONS)
         self._proxy = self._make_proxy()
         self._listener = self._make_listener()
+        self._auth = self._make_auth()
         self._draining = False
         self._sockets: dict[str, listen.ListeningSocket] = {}
         self._servers: dict[str, asyncio.Server] = {}
@@ -118,7 +119,8 @@ class Sidecar:
 
     def _service(self, direction: str) -> Service:
         limit = self.settings.max_connections
-        return Service(self.worker, direction, max_connections=limit, record=self._record)
+        tally = self.metrics.tally(direction)
+        return Service(self.worker, direction, max_connections=limit, tally=tally)
 
     def _make_proxy(self) -> OutboundProxy:
         settings = self.settings
@@ -133,14 +135,15 @@ class Sidecar:
         return OutboundProxy(self._pool, self.identity, self.directory, options, count)
 
     def _make_listener(self) -> TlsListener | None:
-        """Make the inbound side; there is none without a backend."""
+        """Make the embedded terminator; there is none without a backend."""
         settings = self.settings
-        backend = settings.inbound.backend
-        if backend is None or settings.inbound.mode == "off" or settings.inbound.listen is None:
+        inbound = settings.inbound
+        backend = inbound.backend
+        if backend is None or inbound.mode != "embedded" or inbound.listen is None:
             return None
         options = InboundOptions(
             backend=backend,
-            allow=settings.inbound.allow,
+            allow=inbound.allow,
             connect_timeout=settings.outbound.connect_timeout,
         )
         terminator = Terminator(self._pool, self.identity, options, self.metrics.count_decision)
@@ -148,13 +151,20 @@ class Sidecar:
         count = functools.partial(self.metrics.count_handshake, "inbound")
         return TlsListener(self._inbound, terminator, self.identity, limit, count)
 
+    def _make_auth(self) -> AuthService | None:
+        """Make what nginx asks in nginx mode; the backend is nginx's own affair there."""
+        inbound = self.settings.inbound
+        if inbound.mode != "nginx":
+            return None
+        return AuthService(self.identity, inbound.allow, self.metrics.count_decision)
+
     def _make_admin(self) -> Admin:
         settings = self.settings
-        backend = settings.inbound.backend if self._listener is not None else None
+        is_on = self._listener is not None or self._auth is not None
         readiness = Readiness(
             identity=self._identity_state,
             gateway=self._gateway_state if settings.outbound.listen is not None else None,
-            backend=(lambda: backend_answers(backend)) if backend is not None else None,
+            backend=self._backend_state if is_on else None,
             draining=lambda: self._draining,
         )
         return Admin(readiness, self.metrics.text)
@@ -170,6 +180,8 @@ class Sidecar:
         addresses = {"outbound": settings.outbound.listen, "admin": settings.admin.listen}
         if self._listener is not None:
             addresses["inbound"] = settings.inbound.listen
+        if self._auth is not None:
+            addresses["auth"] = settings.inbound.auth_listen
         for name, address in addresses.items():
             if address is not None:
                 self._sockets[name] = listen.bind(address)
@@ -188,6 +200,9 @@ class Sidecar:
         if self._listener is not None:
             self._listener.start(self._sockets["inbound"])
             self._say_listening("inbound")
+        auth = self._auth
+        if auth is not None:
+            await self._serve("auth", lambda: self._inbound.protocol(auth))
         event(log, logging.INFO, "ready", **self.bound())
 
     def bound(self) -> dict[str, str | None]:
@@ -210,7 +225,10 @@ class Sidecar:
                 if self._listener is not None:
                     await self._listener.stop()
                     self._sockets["inbound"].close()
-                    await self._inbound.drain()
+                if self._auth is not None:
+                    self._stop_serving("auth")
+                    self._sockets["auth"].close()
+                await self._inbound.drain()
                 self._stop_serving("outbound")
                 await self._outbound.drain()
         except TimeoutError:
@@ -268,15 +286,18 @@ class Sidecar:
         """Let connections made under the older identity go as they fall idle."""
         self._pool.drain()
 
-    def _record(self, direction: str, exchange: Exchange) -> None:
-        self.metrics.record(direction, exchange, self.worker.loop.time() - exchange.started)
-
     def _identity_state(self) -> tuple[bool, str]:
         try:
             snapshot = self.identity.require()
         except Exception as error:
             return False, str(error)
         return True, f"app {snapshot.app_id}"
+
+    async def _backend_state(self) -> tuple[bool, str]:
+        backend = self.settings.inbound.backend
+        if backend is None:
+            return True, "nginx mode, and no backend is set: which it is only nginx knows"
+        return await backend_answers(backend)
 
     def _gateway_state(self) -> tuple[bool, str]:
         if self.directory.current is None:

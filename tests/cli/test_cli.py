@@ -81,7 +81,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_command_has_its_module_and_is_named_like_it() -> None:
     context = click.Context(cli.cli)
     for name in cli.COMMANDS:
-        if importlib.util.find_spec(f"dstack_mesh.cli.{name}") is None:
+        if importlib.util.find_spec(f"dstack_mesh.cli.{name.replace('-', '_')}") is None:
             pytest.skip(f"the command {name} is not there yet")
         found = cli.cli.get_command(context, name)
         assert isinstance(found, click.Command)
@@ -181,7 +181,11 @@ def test_completion_scripts_are_there(shell: str, on_path: dict[str, str]) -> No
 @pytest.mark.parametrize(
     ("words", "word", "expected"),
     [
-        ("dstack-mesh ", 1, {"run", "demo", "sim", "inspect", "config", "version"}),
+        (
+            "dstack-mesh ",
+            1,
+            {"run", "demo", "sim", "inspect", "nginx-config", "config", "version"},
+        ),
         ("dstack-mesh co", 1, {"config"}),
         ("dstack-mesh config --gate", 2, {"--gateway", "--gateway-connect"}),
         ("dstack-mesh run --log-format ", 3, {"json", "text"}),

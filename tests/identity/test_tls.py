@@ -17,6 +17,8 @@ import uvloop
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from tests.identity.conftest import APP_A, Issued, Kms, issue, shake_hands
+from tests.tls.records import HANDSHAKE, KEY_UPDATE, MemoryChannel, message
+from tests.tls.tls13 import Client, Server, Shown
 
 from dstack_mesh.identity import tls
 from dstack_mesh.model import Role
@@ -368,6 +370,53 @@ def test_a_caller_that_is_gone_before_the_alert_is_still_refused(kms: Kms) -> No
         assert accepting.lingering is None
     finally:
         tls._accepting.reset(token)
+
+
+# Peers that have TLS answer them without end
+
+
+@pytest.mark.parametrize("server_side", [True, False], ids=["our server", "our client"])
+@pytest.mark.parametrize("reading", [True, False], ids=["who reads", "who does not read"])
+def test_answers_of_tls_itself_do_not_pile_up(
+    kms: Kms, monkeypatch: pytest.MonkeyPatch, server_side: bool, reading: bool
+) -> None:
+    """A peer may ask for as many key updates as it likes, as long as it takes the answers."""
+    monkeypatch.setattr(tls, "_MAX_UNREAD_BYTES", 64 * 1024)
+    make = tls.server_context if server_side else tls.client_context
+    channel = MemoryChannel(make(kms.leaf().credentials, TLS13), server_side=server_side)
+    peer = hand_made_peer(channel, kms)
+    assert channel.done, channel.failure
+    channel.receive()
+    answered = 0
+    failures = []
+    for _ in range(40):
+        for _ in range(100):
+            assert peer.sending is not None
+            peer.send(HANDSHAKE, message(KEY_UPDATE, b"\1"))
+            peer.sending = peer.sending.updated()
+        for buffer in (None, bytearray(1_000)):
+            with pytest.raises(ssl.SSLError) as failure:
+                channel.ours.read(1_000, buffer)
+            failures.append(failure.value)
+        if reading:
+            answered += len(channel.receive())
+    assert isinstance(failures[0], ssl.SSLWantReadError)
+    assert isinstance(failures[-1], ssl.SSLWantReadError) is reading
+    assert ("does not read" in str(failures[-1])) is not reading
+    assert (answered > tls._MAX_UNREAD_BYTES) is reading
+
+
+def hand_made_peer(channel: MemoryChannel, kms: Kms) -> Client | Server:
+    if channel.ours.server_side:
+        client = Client(channel)
+        client.handshake(None)
+        return client
+    leaf = kms.leaf()
+    server = Server(channel)
+    server.read_client_hello()
+    server.agree()
+    server.show(server.flight(Shown(tuple(leaf.chain), leaf.key)))
+    return server
 
 
 # Failures

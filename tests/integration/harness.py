@@ -296,6 +296,8 @@ class Wire:
         self.received = b""
         self.ended = False
         """Whether the peer has ended the connection, in order or by a reset."""
+        self.finished = False
+        """Whether this side has ended it."""
 
     async def read(self) -> bytes:
         """Give what is there next; nothing at the end."""

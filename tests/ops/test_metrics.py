@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import pytest
 
 from dstack_mesh.ops.metrics import Metrics
-from dstack_mesh.wire.request import RequestLine
 
 # A strict reader of the text exposition format, written for these tests.
 
@@ -77,19 +76,18 @@ def only(family: Family) -> dict[tuple[str, ...], float]:
     }
 
 
-@dataclass
-class Ended:
-    """What `record` reads of an exchange."""
-
-    line: RequestLine
-    status: int = 200
-    code: str = ""
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-
-def ended(method: bytes = b"GET", **said: object) -> Ended:
-    return Ended(RequestLine(method, b"/", 1), **said)  # type: ignore[arg-type]
+def record(
+    metrics: Metrics,
+    direction: str,
+    method: bytes = b"GET",
+    *,
+    status: int = 200,
+    code: str = "",
+    bytes_up: int = 0,
+    bytes_down: int = 0,
+    seconds: float = 0.1,
+) -> None:
+    metrics.tally(direction).add(method, status, code, bytes_up, bytes_down, seconds)
 
 
 def test_a_mesh_that_did_nothing() -> None:
@@ -108,11 +106,11 @@ def test_a_mesh_that_did_nothing() -> None:
 
 def test_requests_by_direction_method_class_and_code() -> None:
     metrics = Metrics("1")
-    metrics.record("outbound", ended(), 0.1)
-    metrics.record("outbound", ended(status=204), 0.1)
-    metrics.record("outbound", ended(status=502, code="peer_untrusted"), 0.1)
-    metrics.record("inbound", ended(b"POST", status=404), 0.1)
-    metrics.record("inbound", ended(b"POST", status=0), 0.1)
+    record(metrics, "outbound")
+    record(metrics, "outbound", status=204)
+    record(metrics, "outbound", status=502, code="peer_untrusted")
+    record(metrics, "inbound", b"POST", status=404)
+    record(metrics, "inbound", b"POST", status=0)
     family = parse(metrics.text())["dstack_mesh_requests_total"]
     # labels in the order code, direction, method, status_class
     assert only(family) == {
@@ -128,12 +126,12 @@ def test_requests_by_direction_method_class_and_code() -> None:
 def test_methods_of_a_clients_own_making_are_one_label() -> None:
     metrics = Metrics("1")
     for number in range(1000):
-        metrics.record("outbound", ended(b"M%d" % number), 0.1)
-    metrics.record("outbound", ended(b"get"), 0.1)  # methods are case-sensitive
-    metrics.record("outbound", ended(b'"\\\n'), 0.1)
+        record(metrics, "outbound", b"M%d" % number)
+    record(metrics, "outbound", b"get")  # methods are case-sensitive
+    record(metrics, "outbound", b'"\\\n')
     standard = (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"TRACE", b"PATCH")
     for method in standard:
-        metrics.record("outbound", ended(method), 0.1)
+        record(metrics, "outbound", method)
     family = parse(metrics.text())["dstack_mesh_requests_total"]
     counts = {dict(given)["method"]: number for (_, given), number in family.samples.items()}
     assert counts == {"other": 1002, **{method.decode(): 1 for method in standard}}
@@ -141,8 +139,8 @@ def test_methods_of_a_clients_own_making_are_one_label() -> None:
 
 def test_bytes_each_way() -> None:
     metrics = Metrics("1")
-    metrics.record("outbound", ended(bytes_up=3, bytes_down=2**40), 0.1)
-    metrics.record("outbound", ended(bytes_up=4, bytes_down=1), 0.1)
+    record(metrics, "outbound", bytes_up=3, bytes_down=2**40)
+    record(metrics, "outbound", bytes_up=4, bytes_down=1)
     family = parse(metrics.text())["dstack_mesh_bytes_total"]
     assert only(family) == {("outbound", "up"): 7, ("outbound", "down"): 2**40 + 1}
 
@@ -175,7 +173,7 @@ def buckets(family: Family, direction: str) -> dict[float, float]:
 @pytest.mark.parametrize(("seconds", "least"), [(0.0, 0.0005), (0.1, 0.1), (0.1001, 0.25)])
 def test_a_duration_is_in_each_bucket_that_reaches_to_it(seconds: float, least: float) -> None:
     metrics = Metrics("1")
-    metrics.record("outbound", ended(), seconds)
+    record(metrics, "outbound", seconds=seconds)
     found = buckets(parse(metrics.text())["dstack_mesh_request_duration_seconds"], "outbound")
     assert found == {bound: float(bound >= least) for bound in found}
     assert least in found
@@ -189,7 +187,7 @@ def test_histograms_are_cumulative_and_fit_their_count_and_sum() -> None:
     }
     for direction, values in durations.items():
         for value in values:
-            metrics.record(direction, ended(), value)
+            record(metrics, direction, seconds=value)
     family = parse(metrics.text())["dstack_mesh_request_duration_seconds"]
     for direction, values in durations.items():
         found = buckets(family, direction)

@@ -66,7 +66,7 @@ def loop() -> FakeLoop:
 
 @pytest.fixture
 def deadlines(loop: FakeLoop) -> Deadlines:
-    return Deadlines(loop, TICK)  # type: ignore[arg-type]
+    return Deadlines(loop, TICK, loop.time)  # type: ignore[arg-type]
 
 
 def test_what_is_due_expires_once_and_soon(loop: FakeLoop, deadlines: Deadlines) -> None:

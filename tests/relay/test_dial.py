@@ -125,7 +125,7 @@ async def test_a_connection_is_ready_for_requests() -> None:
             assert isinstance(upstream, Upstream)
             assert (upstream.peer, upstream.generation) == (None, connector.generation())
             assert one.worker.upstreams == {upstream}
-            assert upstream.usable(one.worker.loop.time(), connector.generation())
+            assert upstream.usable(one.worker.clock(), connector.generation())
 
 
 FAILED = "the backend at 127.0.0.1:%d: Connection refused"

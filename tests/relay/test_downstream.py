@@ -278,7 +278,7 @@ async def test_a_handlers_error_in_a_plan_ends_the_connection() -> None:
 
 async def test_a_connection_without_a_request_is_closed_when_idle() -> None:
     async with rig() as one:
-        now = one.worker.loop.time()
+        now = one.worker.clock()
         assert now < one.downstream.deadline <= now + TIMEOUTS.idle
         one.downstream.expire(one.downstream.deadline)
         await one.turn()
@@ -289,7 +289,7 @@ async def test_a_head_has_its_own_time_from_its_first_byte() -> None:
     async with rig() as one:
         one.client.receive(b"GET / HT")
         deadline = one.downstream.deadline
-        now = one.worker.loop.time()
+        now = one.worker.clock()
         assert now < deadline <= now + TIMEOUTS.head
         one.client.receive(b"TP/1.1\r\n")
         assert one.downstream.deadline == deadline
@@ -304,9 +304,9 @@ async def test_a_whole_head_ends_its_time() -> None:
         assert one.downstream.deadline == NEVER
         upstream = await one.connect()
         upstream.receive(OK)
-        assert one.downstream.deadline > one.worker.loop.time() + TIMEOUTS.head
+        assert one.downstream.deadline > one.worker.clock() + TIMEOUTS.head
         one.client.receive(b"G")
-        assert one.downstream.deadline <= one.worker.loop.time() + TIMEOUTS.head
+        assert one.downstream.deadline <= one.worker.clock() + TIMEOUTS.head
 
 
 async def test_a_head_behind_another_request_has_its_time_once_it_is_looked_at() -> None:
@@ -315,7 +315,7 @@ async def test_a_head_behind_another_request_has_its_time_once_it_is_looked_at()
         upstream = await one.connect()
         upstream.receive(OK)
         await one.turn()
-        assert one.downstream.deadline <= one.worker.loop.time() + TIMEOUTS.head
+        assert one.downstream.deadline <= one.worker.clock() + TIMEOUTS.head
         assert one.client.reading
 
 
@@ -343,7 +343,7 @@ async def test_a_connection_over_the_limit_is_told_so() -> None:
         second.receive(GET % b"1")
         await one.turn()
         assert one.connector.asked == []
-        assert one.downstreams[1].deadline <= one.worker.loop.time() + TIMEOUTS.linger
+        assert one.downstreams[1].deadline <= one.worker.clock() + TIMEOUTS.linger
         second.receive_eof()
         await one.turn()
         assert second.lost
@@ -391,7 +391,7 @@ async def test_with_tls_there_is_no_half_close() -> None:
         client = await refused(one, tls=True)
         assert not client.ended
         assert not client.is_closing()
-        assert one.downstreams[1].deadline <= one.worker.loop.time() + TIMEOUTS.linger
+        assert one.downstreams[1].deadline <= one.worker.clock() + TIMEOUTS.linger
 
 
 async def test_a_tls_client_that_ends_is_gone() -> None:
@@ -497,7 +497,7 @@ async def test_a_connection_made_while_draining_does_not_hold_it_up_for_long() -
     async with rig() as one:
         one.service.draining = True
         one.accept()
-        assert one.downstreams[1].deadline <= one.worker.loop.time() + TIMEOUTS.head
+        assert one.downstreams[1].deadline <= one.worker.clock() + TIMEOUTS.head
 
 
 @pytest.mark.parametrize("may", [True, False])
@@ -592,7 +592,7 @@ async def test_a_client_that_takes_its_answer_slowly_is_not_hurried_by_draining(
         one.client.receive(GET % b"1")
         one.downstream.drain()
         assert one.client.is_closing()
-        assert one.downstream.deadline > one.worker.loop.time() + TIMEOUTS.linger
+        assert one.downstream.deadline > one.worker.clock() + TIMEOUTS.linger
 
 
 async def test_a_client_that_stalls_while_connecting_pauses_nobody() -> None:

@@ -660,7 +660,7 @@ async def test_the_wait_for_a_response_begins_with_the_requests_end() -> None:
         await one.connect()
         assert one.downstream.deadline == NEVER
         one.client.receive(b"b")
-        now = one.worker.loop.time()
+        now = one.worker.clock()
         assert now < one.downstream.deadline <= now + TIMEOUTS.response
 
 

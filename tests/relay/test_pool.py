@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import AsyncIterator
 
 import pytest
 from tests.relay.fakes import FakeConnector, FakeTransport
 
 from dstack_mesh.relay.deadlines import Timeouts
-from dstack_mesh.relay.pool import Pool
+from dstack_mesh.relay.pool import MAX_LANES, Pool
 from dstack_mesh.relay.upstream import Lane, Upstream
 from dstack_mesh.relay.worker import Worker
 
@@ -49,36 +48,43 @@ async def test_one_destination_has_one_lane(worker: Worker) -> None:
     assert lane.worker is worker
 
 
-async def test_a_lane_ends_with_the_last_that_refers_to_it(worker: Worker) -> None:
+async def test_many_destinations_cost_what_their_connections_cost(worker: Worker) -> None:
     pool, make = Pool(worker), Makes()
-    first = pool.lane("x", make)
-    del first
-    gc.collect()
-    second = pool.lane("x", make)
-    assert second.connector is make.made[1]
+    used = pool.lane("used", make)
+    upstream = admitted(used)
+    used.release(upstream, worker.clock())
+    unused = pool.lane("unused", make)
+    for number in range(MAX_LANES - 2):
+        pool.lane(number, make)
+    assert not unused.retired
+    pool.lane("one too many", make)
+    assert unused.retired
+    assert not used.retired
+    assert pool.lane("used", make) is used
+    assert pool.lane("unused", make) is not unused
 
 
-async def test_a_connection_keeps_its_lane(worker: Worker) -> None:
-    pool, make = Pool(worker), Makes()
-    lane = pool.lane("x", make)
-    upstream = admitted(lane)
-    lane.release(upstream)
-    del lane, upstream
-    gc.collect()
-    lane = pool.lane("x", make)
-    assert len(make.made) == 1
-    assert lane.take() is not None
-
-
-async def test_a_lane_goes_with_its_last_connection(worker: Worker) -> None:
-    pool, make = Pool(worker), Makes()
-    upstream = admitted(pool.lane("x", make))
-    upstream.transport.abort()
-    del upstream
+async def test_a_lane_counts_its_connections(worker: Worker) -> None:
+    lane = Pool(worker).lane("x", Makes())
+    first, second = admitted(lane), admitted(lane)
+    assert lane.open == 2
+    first.transport.abort()
     await asyncio.sleep(0)
-    gc.collect()
-    pool.lane("x", make)
-    assert len(make.made) == 2
+    assert lane.open == 1
+    Upstream(lane).connection_lost(None)  # one that was never ready
+    assert lane.open == 1
+    second.transport.abort()
+    await asyncio.sleep(0)
+    assert lane.open == 0
+
+
+async def test_a_retired_lane_keeps_no_connection(worker: Worker) -> None:
+    lane = Pool(worker).lane("x", Makes())
+    upstream = admitted(lane)
+    lane.retired = True
+    lane.release(upstream, worker.clock())
+    assert upstream.transport.is_closing()
+    assert lane.idle == []
 
 
 async def test_draining_ends_what_is_idle_under_an_older_identity(worker: Worker) -> None:
@@ -87,16 +93,16 @@ async def test_draining_ends_what_is_idle_under_an_older_identity(worker: Worker
     old = [admitted(lane, 1) for lane in lanes]
     busy = admitted(lanes[0], 1)
     for lane, upstream in zip(lanes, old, strict=True):
-        lane.release(upstream)
+        lane.release(upstream, worker.clock())
     for connector in make.made:
         connector.number = 2
     new = admitted(lanes[0], 2)
-    lanes[0].release(new)
+    lanes[0].release(new, worker.clock())
     pool.drain()
     assert [one.transport.is_closing() for one in (*old, busy, new)] == [True, True, False, False]
     assert lanes[0].idle == [new]
     assert lanes[1].idle == []
-    lanes[0].release(busy)
+    lanes[0].release(busy, worker.clock())
     assert busy.transport.is_closing(), "it ends with its exchange"
 
 
@@ -104,6 +110,6 @@ async def test_draining_leaves_what_may_be_used(worker: Worker) -> None:
     pool, make = Pool(worker), Makes()
     lane = pool.lane("x", make)
     upstream = admitted(lane)
-    lane.release(upstream)
+    lane.release(upstream, worker.clock())
     pool.drain()
-    assert lane.take() is upstream
+    assert lane.take(worker.clock()) is upstream

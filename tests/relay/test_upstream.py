@@ -44,7 +44,7 @@ def open_one(
     upstream.connection_made(transport)
     upstream.admit(PeerIdentity(AppId("a" * 40), not_after), generation)
     if idle:
-        one.lane.release(upstream)
+        one.lane.release(upstream, one.worker.clock())
         assert one.lane.idle[-1] is upstream
     return Opened(upstream, transport)
 
@@ -62,7 +62,7 @@ async def test_bytes_that_nobody_asked_for_end_the_connection() -> None:
         opened = open_one(one, idle=True)
         opened.transport.receive(b"HTTP/1.1 200 OK\r\n\r\n")
         assert opened.transport.aborted
-        assert one.lane.take() is None
+        assert one.lane.take(one.worker.clock()) is None
 
 
 async def test_the_exchange_learns_how_the_connection_ended() -> None:
@@ -111,7 +111,7 @@ async def test_a_connection_that_is_gone_is_not_taken_into_the_books() -> None:
         transport.break_off()
         upstream.admit(None, 1)
         assert one.worker.upstreams == set()
-        one.lane.release(upstream)
+        one.lane.release(upstream, one.worker.clock())
         assert one.lane.idle == []
 
 
@@ -120,18 +120,18 @@ async def test_a_connection_that_is_gone_is_not_taken_into_the_books() -> None:
 
 async def test_an_empty_lane_gives_nothing() -> None:
     async with rig() as one:
-        assert one.lane.take() is None
+        assert one.lane.take(one.worker.clock()) is None
 
 
 async def test_the_connection_used_last_is_given_first() -> None:
     async with rig() as one:
         first, second = open_one(one, idle=True), open_one(one, idle=True)
         assert not second.upstream.reused
-        taken = one.lane.take()
+        taken = one.lane.take(one.worker.clock())
         assert taken is second.upstream
         assert (taken.reused, taken.deadline) == (True, NEVER)
-        assert one.lane.take() is first.upstream
-        assert one.lane.take() is None
+        assert one.lane.take(one.worker.clock()) is first.upstream
+        assert one.lane.take(one.worker.clock()) is None
 
 
 async def test_a_connection_of_an_older_identity_is_not_used_again() -> None:
@@ -140,10 +140,10 @@ async def test_a_connection_of_an_older_identity_is_not_used_again() -> None:
         one.connector.number = 2
         new = open_one(one, generation=2, idle=True)
         busy = open_one(one)
-        one.lane.release(busy.upstream)
+        one.lane.release(busy.upstream, one.worker.clock())
         assert busy.transport.is_closing()
         one.lane.idle.reverse()
-        assert one.lane.take() is new.upstream
+        assert one.lane.take(one.worker.clock()) is new.upstream
         assert old.transport.is_closing()
         assert not old.transport.aborted
 
@@ -153,20 +153,20 @@ async def test_a_connection_is_not_used_longer_than_it_may(why: str) -> None:
     async with rig() as one:
         idle = open_one(one, not_after=time.time() + 1000, idle=True)
         if why == "age":
-            idle.upstream.expires_at = one.worker.loop.time()
+            idle.upstream.expires_at = one.worker.clock()
         elif why == "the peer's certificate":
             idle.upstream.not_after = time.time()
         else:
             idle.transport.close()
-        assert one.lane.take() is None
+        assert one.lane.take(one.worker.clock()) is None
         assert idle.transport.is_closing()
-        one.lane.release(idle.upstream)
+        one.lane.release(idle.upstream, one.worker.clock())
         assert one.lane.idle == []
 
 
 async def test_a_connection_lives_for_an_hour_at_most() -> None:
     async with rig() as one:
-        now = one.worker.loop.time()
+        now = one.worker.clock()
         ages = [open_one(one).upstream.expires_at - now for _ in range(20)]
         assert all(3200 < age <= 3601 for age in ages)
         assert len(set(ages)) > 1
@@ -184,11 +184,11 @@ async def test_a_dead_connection_leaves_the_pool() -> None:
 async def test_an_idle_connection_is_closed_in_order_after_its_time() -> None:
     async with rig() as one:
         idle = open_one(one, idle=True)
-        now = one.worker.loop.time()
+        now = one.worker.clock()
         assert now < idle.upstream.deadline <= now + one.worker.upstream_idle
         idle.upstream.expire(idle.upstream.deadline)
         assert (idle.transport.is_closing(), idle.transport.aborted) == (True, False)
-        assert one.lane.take() is None
+        assert one.lane.take(one.worker.clock()) is None
         await one.turn()
         assert one.lane.idle == []
 
@@ -196,8 +196,8 @@ async def test_an_idle_connection_is_closed_in_order_after_its_time() -> None:
 async def test_an_idle_connection_is_not_kept_beyond_its_age() -> None:
     async with rig() as one:
         opened = open_one(one)
-        opened.upstream.expires_at = one.worker.loop.time() + 1
-        one.lane.release(opened.upstream)
+        opened.upstream.expires_at = one.worker.clock() + 1
+        one.lane.release(opened.upstream, one.worker.clock())
         assert opened.upstream.deadline == opened.upstream.expires_at
 
 

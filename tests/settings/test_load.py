@@ -52,6 +52,8 @@ def test_the_contracts_defaults() -> None:
     assert settings.inbound.backend is None
     assert settings.inbound.mode == "embedded"
     assert settings.inbound.listen == TcpAddress("0.0.0.0", 8443)
+    assert settings.inbound.auth_listen == TcpAddress("127.0.0.1", 8092)
+    assert settings.inbound.server_name == "_"
     assert settings.inbound.allow == Allow(anyone=True)
     assert settings.admin.listen == TcpAddress("127.0.0.1", 8093)
     assert settings.dstack.gateway_domain is None
@@ -91,6 +93,31 @@ def test_the_newer_name_of_a_variable_wins() -> None:
     assert str(older.sources["inbound.backend"]) == "env DSTACK_MESH_BACKEND"
 
 
+NOT_RESTRICTING = [
+    name for setting in SCHEMA if not setting.restricts for name in setting.env
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_RESTRICTING)
+def test_an_empty_variable_counts_as_not_set(name: str) -> None:
+    loaded = _load({name: ""})
+    assert loaded.settings == _load().settings
+    assert {str(source) for source in loaded.sources.values()} == {"default"}
+    assert loaded.warnings == ()
+
+
+def test_behind_an_empty_variable_the_older_name_and_the_file_count(tmp_path: Path) -> None:
+    file = _file(tmp_path, "head_timeout = 1")
+    environ = {"MESH_BACKEND": "", "DSTACK_MESH_BACKEND": "old:1", "MESH_HEAD_TIMEOUT": ""}
+    loaded = _load(environ, file=file)
+    assert loaded.settings.inbound.backend == TcpAddress("old", 1)
+    assert loaded.settings.head_timeout == 1
+
+
+def test_white_space_is_not_empty() -> None:
+    assert 'MESH_GATEWAY is " "' in _error({"MESH_GATEWAY": " "})
+
+
 def test_values_of_types_of_their_own() -> None:
     settings = _load(
         {
@@ -117,7 +144,12 @@ def test_values_of_types_of_their_own() -> None:
         ({"DSTACK_MESH_BACKEND": "x"}, {}, 'DSTACK_MESH_BACKEND is "x": accepted is host:port'),
         ({"MESH_GATEWAY": "https://x.y"}, {}, "is a URL"),
         ({"MESH_GATEWAY": "x y"}, {}, "base.domain[:port] or fixed/host:port"),
-        ({"MESH_INBOUND_MODE": "nginx"}, {}, "nginx mode comes with a later release"),
+        ({"MESH_INBOUND_MODE": "nginx "}, {}, 'is "nginx ": accepted is embedded, nginx or off'),
+        ({"MESH_AUTH_LISTEN": "off"}, {}, 'MESH_AUTH_LISTEN is "off": accepted is host:port'),
+        ({"MESH_AGENT_EXPOSE": ""}, {}, 'MESH_AGENT_EXPOSE is "": accepted is all, info or'),
+        ({}, {"inbound.backend": ""}, '--backend is "": accepted is host:port'),
+        ({"MESH_SERVER_NAME": "a; include /etc/x"}, {}, "accepted is host names"),
+        ({"DSTACK_MESH_SERVER_NAME": "~^a$"}, {}, 'DSTACK_MESH_SERVER_NAME is "~^a$"'),
         ({"MESH_LOG_LEVEL": "loud\n"}, {}, 'is "loud\\n": accepted is debug, info'),
     ],
 )
@@ -176,6 +208,12 @@ def test_two_listeners_cannot_have_one_address() -> None:
         {"MESH_ADMIN_LISTEN": "127.0.0.1:0", "MESH_OUTBOUND_LISTEN": "127.0.0.1:0"},
         {"MESH_ADMIN_LISTEN": "off", "MESH_OUTBOUND_LISTEN": "off"},
         {"MESH_OUTBOUND_LISTEN": "0.0.0.0:8443"},
+        {"MESH_OUTBOUND_LISTEN": "127.0.0.1:8092", "MESH_BACKEND": "a:1"},
+        {
+            "MESH_OUTBOUND_LISTEN": "0.0.0.0:8443",
+            "MESH_BACKEND": "a:1",
+            "MESH_INBOUND_MODE": "nginx",
+        },
         {
             "MESH_OUTBOUND_LISTEN": "0.0.0.0:8443",
             "MESH_BACKEND": "a:1",
@@ -190,6 +228,63 @@ def test_listeners_that_do_not_meet(environ: dict[str, str]) -> None:
 def test_inbound_meets_outbound_only_when_it_is_on() -> None:
     environ = {"MESH_OUTBOUND_LISTEN": "0.0.0.0:8443", "MESH_BACKEND": "a:1"}
     assert "inbound.listen" in _error(environ)
+
+
+def test_in_nginx_mode_the_auth_service_needs_its_address() -> None:
+    environ = {"MESH_OUTBOUND_LISTEN": "127.0.0.1:8092", "MESH_INBOUND_MODE": "nginx"}
+    assert "inbound.auth_listen" in _error(environ)
+
+
+@pytest.mark.parametrize(
+    ("address", "warned"),
+    [
+        ("0.0.0.0:8092", True),
+        ("[::]:8092", True),
+        ("mesh:8092", True),
+        ("127.0.0.1:8092", False),
+        ("127.9.9.9:8092", False),
+        ("[::1]:8092", False),
+        ("localhost:8092", False),
+        ("unix:/run/auth.sock", False),
+    ],
+)
+def test_an_auth_service_open_to_others_is_a_warning(address: str, warned: bool) -> None:
+    environ = {"MESH_AUTH_LISTEN": address, "MESH_INBOUND_MODE": "nginx"}
+    warnings = _load(environ).warnings
+    assert bool(warnings) is warned
+    assert all(f'MESH_AUTH_LISTEN is "{address}": the auth service' in one for one in warnings)
+    assert _load({**environ, "MESH_INBOUND_MODE": "embedded"}).warnings == ()
+
+
+def test_the_rust_meshs_file_as_its_start_script_writes_it(tmp_path: Path) -> None:
+    file = _file(
+        tmp_path,
+        """
+        [client]
+        enabled = true
+        address = "0.0.0.0"
+        port = 8091
+        [auth]
+        enabled = true
+        address = "127.0.0.1"
+        port = 8092
+        [dstack]
+        gateway_domain = ""
+        [tls]
+        cert_file = "c"
+        key_file = "k"
+        ca_file = "a"
+        """,
+    )
+    loaded = _load({"DSTACK_MESH_BACKEND": ""}, file=file, present=(*AGENT_PATHS, *"cka"))
+    settings = loaded.settings
+    assert settings.outbound.listen == TcpAddress("0.0.0.0", 8091)
+    assert (settings.inbound.mode, settings.inbound.backend) == ("nginx", None)
+    assert settings.inbound.auth_listen == TcpAddress("127.0.0.1", 8092)
+    assert settings.dstack.gateway_domain is None
+    assert (settings.tls.cert_file, settings.tls.ca_file) == ("c", "a")
+    assert str(loaded.sources["inbound.mode"]) == f"file {file}"
+    assert loaded.warnings == ()
 
 
 def test_the_agent_is_the_first_socket_that_exists() -> None:

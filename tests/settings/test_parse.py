@@ -118,3 +118,40 @@ def test_path_is_kept_as_written() -> None:
 @pytest.mark.parametrize("text", ["unix:/run/a.sock", "http://[::1]:1", "http://h:80"])
 def test_a_shown_base_reads_the_same(text: str) -> None:
     assert parse.show_base(parse.http_base(text)) == text
+
+
+def test_listen_on_takes_what_listen_takes_but_off() -> None:
+    assert parse.listen_on("127.0.0.1:0") == TcpAddress("127.0.0.1", 0)
+    assert parse.listen_on("unix:/a.sock") == UnixAddress("/a.sock")
+    with pytest.raises(ValueError):
+        parse.listen_on("off")
+
+
+@pytest.mark.parametrize("text", ["_", "example.com", "*.example.com", "a.b c.d *.e", "10.0.0.1"])
+def test_server_names(text: str) -> None:
+    assert parse.server_name(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "a  b",
+        "a ",
+        "a;",
+        "a\nb",
+        "a\tb",
+        "~^x",
+        "*",
+        "*.",
+        "$host",
+        '"a"',
+        "a{",
+        "ä",
+        ".a",
+    ],
+)
+def test_what_is_no_server_name(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse.server_name(text)

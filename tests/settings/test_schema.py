@@ -62,6 +62,12 @@ def test_off_is_written_as_off() -> None:
     assert listen.text(listen.kind.read("off")) == "off"
 
 
-def test_nginx_mode_is_told_to_come_later() -> None:
-    with pytest.raises(ValueError, match="later release"):
-        BY_KEY["inbound.mode"].kind.read("nginx")
+def test_what_restricts_is_what_would_be_open_to_all_by_default() -> None:
+    restricting = {setting.key: setting.default for setting in SCHEMA if setting.restricts}
+    assert restricting == {"inbound.allow": "any", "outbound.agent": "all"}
+
+
+def test_nginx_modes_names() -> None:
+    assert BY_ENV["MESH_AUTH_LISTEN"].key == "inbound.auth_listen"
+    assert BY_KEY["inbound.server_name"].env == ("MESH_SERVER_NAME", "DSTACK_MESH_SERVER_NAME")
+    assert BY_KEY["inbound.mode"].kind.words == ("embedded", "nginx", "off")

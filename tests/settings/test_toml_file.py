@@ -8,7 +8,7 @@ from dstack_mesh.settings import toml_file
 from dstack_mesh.settings.errors import SettingsError
 
 
-def _read(tmp_path: Path, text: str) -> tuple[dict[str, str], list[str]]:
+def _read(tmp_path: Path, text: str) -> dict[str, str]:
     file = tmp_path / "mesh.toml"
     file.write_text(text)
     return toml_file.read(file)
@@ -33,16 +33,13 @@ def test_keys_of_all_types_become_text(tmp_path: Path) -> None:
         [inbound]
         allow = ["self", "ab"]
     """
-    assert _read(tmp_path, text) == (
-        {
-            "drain_timeout": "2.5",
-            "max_connections": "5",
-            "outbound.listen": "off",
-            "outbound.default_port": "8443",
-            "inbound.allow": "self,ab",
-        },
-        [],
-    )
+    assert _read(tmp_path, text) == {
+        "drain_timeout": "2.5",
+        "max_connections": "5",
+        "outbound.listen": "off",
+        "outbound.default_port": "8443",
+        "inbound.allow": "self,ab",
+    }
 
 
 @pytest.mark.parametrize(
@@ -96,16 +93,38 @@ ca_file = "/etc/ssl/certs/ca.crt"
 
 
 def test_the_rust_meshs_file_is_accepted_as_it_is(tmp_path: Path) -> None:
-    values, warnings = _read(tmp_path, RUST)
-    assert values == {
+    assert _read(tmp_path, RUST) == {
         "outbound.listen": "0.0.0.0:8091",
+        "inbound.mode": "nginx",
+        "inbound.auth_listen": "0.0.0.0:8092",
         "dstack.gateway_domain": "gateway.example.com",
         "tls.cert_file": "/etc/ssl/certs/server.crt",
         "tls.key_file": "/etc/ssl/private/server.key",
         "tls.ca_file": "/etc/ssl/certs/ca.crt",
     }
-    assert len(warnings) == 1
-    assert "[auth]" in warnings[0]
+
+
+def test_what_the_rust_meshs_start_script_left_empty_is_not_set(tmp_path: Path) -> None:
+    # Its script writes `gateway_domain = "${DSTACK_GATEWAY_DOMAIN}"`, whatever that is.
+    text = RUST
+    for value in ("gateway.example.com", "/etc/ssl/certs/server.crt", "127.0.0.1", "0.0.0.0"):
+        text = text.replace(f'"{value}"', '""')
+    assert _read(tmp_path, text) == {
+        "outbound.listen": "127.0.0.1:8091",
+        "inbound.mode": "nginx",
+        "inbound.auth_listen": "127.0.0.1:8092",
+        "tls.key_file": "/etc/ssl/private/server.key",
+        "tls.ca_file": "/etc/ssl/certs/ca.crt",
+    }
+
+
+def test_an_empty_string_of_our_own_keys_stays_to_be_judged(tmp_path: Path) -> None:
+    text = "[inbound]\nallow = ''\nbackend = ''\n[tls]\nlifetime = ''"
+    assert _read(tmp_path, text) == {
+        "inbound.allow": "",
+        "inbound.backend": "",
+        "tls.lifetime": "",
+    }
 
 
 @pytest.mark.parametrize(
@@ -117,11 +136,23 @@ def test_the_rust_meshs_file_is_accepted_as_it_is(tmp_path: Path) -> None:
     ],
 )
 def test_client_is_the_outbound_listener(tmp_path: Path, text: str, listen: str) -> None:
-    assert _read(tmp_path, text)[0] == {"outbound.listen": listen}
+    assert _read(tmp_path, text) == {"outbound.listen": listen}
 
 
-def test_auth_that_is_off_needs_no_warning(tmp_path: Path) -> None:
-    assert _read(tmp_path, "[auth]\nenabled = false") == ({}, [])
+@pytest.mark.parametrize(
+    ("text", "listen"),
+    [
+        ("[auth]\nenabled = true", "127.0.0.1:8092"),
+        ("[auth]\nport = 81", "127.0.0.1:81"),
+        ("[auth]\naddress = '::1'", "[::1]:8092"),
+    ],
+)
+def test_auth_is_nginx_mode(tmp_path: Path, text: str, listen: str) -> None:
+    assert _read(tmp_path, text) == {"inbound.mode": "nginx", "inbound.auth_listen": listen}
+
+
+def test_auth_that_is_off_says_nothing(tmp_path: Path) -> None:
+    assert _read(tmp_path, "[auth]\nenabled = false\nport = 1") == {}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +164,8 @@ def test_auth_that_is_off_needs_no_warning(tmp_path: Path) -> None:
         ("[auth]\nenabled = 1", ["auth.enabled", "is 1", "true or false"]),
         ("client = 1", ["client", "accepted is a table"]),
         ("[client]\nport = 1\n[outbound]\nlisten = 'off'", ["outbound.listen", "[client]"]),
+        ("[auth]\nport = 1\n[inbound]\nmode = 'embedded'", ["inbound.mode", "[auth]"]),
+        ("[auth]\nport = 1\n[inbound]\nauth_listen = 'a:1'", ["inbound.auth_listen", "[auth]"]),
     ],
 )
 def test_a_wrong_rust_file_is_an_error(tmp_path: Path, text: str, said: list[str]) -> None:

@@ -152,8 +152,32 @@ def test_a_size_of_16_digits_fits(end: bytes) -> None:
 
 def test_the_largest_chunk_is_taken_as_it_comes() -> None:
     body = chunked()
-    assert run(body, [b"f" * 16 + b"\r\nabc"])[0] == b"abc"
-    assert body._remaining == 2**64 - 4
+    assert run(body, [b"7" + b"f" * 15 + b"\r\nabc"])[0] == b"abc"
+    assert body._remaining == 2**63 - 4
+
+
+def test_a_chunk_that_some_reader_cannot_count() -> None:
+    with pytest.raises(TooLargeError, match=r"2\^63"):
+        run(chunked(), [b"8" + b"0" * 15 + b"\r\nabc"])
+
+
+@pytest.mark.parametrize(
+    "line", [b'5;x="', b'5;x="\\"', b'5;x="a";y="', b'5;x="a\\"', b'5;"', b"5;x=\x7f"]
+)
+def test_quotes_that_do_not_close_in_a_chunks_extension(line: bytes) -> None:
+    with pytest.raises(MalformedError, match="chunk line"):
+        run(chunked(), [line + b"\r\nhello\r\n0\r\n\r\n"])
+
+
+@pytest.mark.parametrize("line", [b'5;x="a"', b'5 ; x = "a;\\"b" ;y', b"5;;", b'5;a"b"c'])
+def test_extensions_that_are_read_over(line: bytes) -> None:
+    assert run(chunked(), [line + b"\r\nhello\r\n0\r\n\r\n"])[0] == b"hello"
+
+
+@pytest.mark.parametrize("trailers", [b"\n", b"X: 1\n\r", b"X: 1\n\n", b"X: 1\nY"])
+def test_a_bare_lf_in_trailers_is_told_at_once(trailers: bytes) -> None:
+    with pytest.raises(MalformedError, match="bare LF"):
+        run(chunked(), [b"0\r\n" + trailers])
 
 
 @pytest.mark.parametrize("pieces", ["whole", "bytes", "before the CR", "before the LF"])

@@ -103,7 +103,7 @@ def test_a_requests_framing_rfc9112_6_3(
         ("6: length 0", b"GET", 200, LENGTH, 0, NONE),
         ("8: neither", b"GET", 200, None, 0, CLOSE),
         ("8: neither, with an error", b"POST", 500, None, 0, CLOSE),
-        ("8: 205 may have one", b"GET", 205, None, 0, CLOSE),
+        ("RFC 9110 15.3.6: 205 without a body", b"GET", 205, LENGTH, 0, NONE),
     ],
 )
 def test_a_responses_framing_rfc9112_6_3(
@@ -155,3 +155,9 @@ def test_options_that_would_change_the_messages_meaning(value: bytes) -> None:
 )
 def test_persistence_rfc9112_9_3(minor: int, options: tuple[bytes, ...], stays: bool) -> None:
     assert persists(minor, frozenset(options)) is stays
+
+
+@pytest.mark.parametrize(("declared", "length"), [(None, 0), (LENGTH, 5), (CHUNKED, 0)])
+def test_a_205_that_may_have_a_body_rfc9110_15_3_6(declared: Framing | None, length: int) -> None:
+    with pytest.raises(MalformedError, match="a 205 response"):
+        response_framing(b"GET", 205, declared, length)

@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 from dstack_mesh.errors import BadRequest, HeaderTooLarge, MeshError, UriTooLong
 from dstack_mesh.wire.framing import Framing
 from dstack_mesh.wire.limits import MAX_FIELDS, MAX_REQUEST_TARGET_BYTES
-from dstack_mesh.wire.request import RequestFields, parse_request_fields, parse_request_line
+from dstack_mesh.wire.request import (
+    RequestFields,
+    check_body,
+    parse_request_fields,
+    parse_request_line,
+)
 
 NOTHING: frozenset[bytes] = frozenset()
 HOST = b"Host: a\r\n"
@@ -37,7 +42,13 @@ def parse(lines: bytes, minor: int = 1, remove: frozenset[bytes] = NOTHING) -> R
     ids=repr,
 )
 def test_request_lines(line: bytes, method: bytes, target: bytes, minor: int) -> None:
-    assert parse_request_line(line) == (method, target, minor, None)
+    parsed = parse_request_line(line)
+    assert (parsed.method, parsed.target, parsed.minor, parsed.authority) == (
+        method,
+        target,
+        minor,
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -331,3 +342,25 @@ def test_an_independent_reader_understands_what_goes_on(
     assert not {b"x-own", b"x_own", b"keep-alive"} & set(seen)
     options = {o.strip() for o in seen.get(b"connection", b"").lower().split(b",")} - {b""}
     assert options == {name for name in (b"te", b"upgrade") if name in seen}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"TRACE / HTTP/1.1", "TRACE request with a body"),
+        (b"GET / HTTP/1.0", "GET request with a body in HTTP/1.0"),
+        (b"HEAD / HTTP/1.0", "HEAD request with a body in HTTP/1.0"),
+        (b"DELETE / HTTP/1.0", "DELETE request with a body in HTTP/1.0"),
+    ],
+)
+def test_bodies_that_readers_do_not_look_for(line: bytes, said: str) -> None:
+    parsed = parse_request_line(line)
+    check_body(parsed, parse(HOST))
+    with pytest.raises(BadRequest, match=said):
+        check_body(parsed, parse(HOST + b"Content-Length: 1\r\n", minor=parsed.minor))
+
+
+@pytest.mark.parametrize("line", [b"GET / HTTP/1.1", b"DELETE / HTTP/1.1", b"POST / HTTP/1.0"])
+def test_bodies_that_may_be(line: bytes) -> None:
+    parsed = parse_request_line(line)
+    check_body(parsed, parse(HOST + b"Content-Length: 1\r\n", minor=parsed.minor))

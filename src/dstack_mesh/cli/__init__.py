@@ -26,6 +26,7 @@ COMMANDS = {
     "demo": "Show a whole mesh of two apps on this machine.",
     "sim": "Simulate KMS, guest agents and gateway for development.",
     "inspect": "Tell who a certificate says it is, and whether its chain holds.",
+    "nginx-config": "Print a configuration of nginx for nginx mode.",
     "config": "Print the effective settings and where each came from.",
     "version": "Print the versions of the mesh and what it runs on.",
 }
@@ -46,8 +47,9 @@ class LazyCommands(click.Group):
         """Import the command `cmd_name`, or None where there is no such command."""
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"{__name__}.{cmd_name}")
-        command: click.Command = getattr(module, cmd_name)
+        name = cmd_name.replace("-", "_")
+        module = importlib.import_module(f"{__name__}.{name}")
+        command: click.Command = getattr(module, name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID
@@ -30,8 +30,8 @@ _Value = TypeVar("_Value")
 LINKS = 3
 """Leaf, app CA, root."""
 
-_LEAF, _APP_CA, _ROOT = "leaf", "app CA", "root"
-_RULE_OF = {_LEAF: 2, _APP_CA: 3, _ROOT: 1}
+LEAF, _APP_CA, _ROOT = "leaf", "app CA", "root"
+_RULE_OF = {LEAF: 2, _APP_CA: 3, _ROOT: 1}
 _EKU_OF = {
     Role.TARGET: (ExtendedKeyUsageOID.SERVER_AUTH, "serverAuth"),
     Role.CALLER: (ExtendedKeyUsageOID.CLIENT_AUTH, "clientAuth"),
@@ -62,13 +62,13 @@ def check_chain(chain: Sequence[bytes], role: Role, root_spki: bytes) -> PeerIde
     peer sent); `root_spki` our KMS root's public key as `spki` gives it.
     """
     leaf, app_ca, root = _load(chain)
-    for name, cert in ((_LEAF, leaf), (_APP_CA, app_ca), (_ROOT, root)):
-        _check_strength(name, cert)
+    for name, cert in ((LEAF, leaf), (_APP_CA, app_ca), (_ROOT, root)):
+        check_strength(name, cert)
     if spki(root) != root_spki:
         raise ChainRuleBroken(1, "the chain ends at another root key than our KMS's")
-    app_id = _check_leaf(leaf, role)
+    app_id = check_leaf(leaf, role)
     _check_app_ca(app_ca, app_id)
-    app_info = _check_app_info(leaf, app_id)
+    app_info = check_app_info(leaf, app_id)
     expiry = min(leaf.not_valid_after_utc, app_ca.not_valid_after_utc)
     return PeerIdentity(app_id, expiry.timestamp(), app_info)
 
@@ -80,23 +80,17 @@ def verify_links(chain: Sequence[bytes], at: float) -> None:
     Raises `ChainRuleBroken` with rule 1.
     """
     certs = _load(chain)
-    names = (_LEAF, _APP_CA, _ROOT)
+    names = (LEAF, _APP_CA, _ROOT)
     issuers = (*certs[1:], certs[-1])
     for name, cert, issuer in zip(names, certs, issuers, strict=True):
         try:
             cert.verify_directly_issued_by(issuer)
-        except (InvalidSignature, ValueError, TypeError) as exc:
+        except (InvalidSignature, UnsupportedAlgorithm, ValueError, TypeError) as exc:
             reason = str(exc) or "the signature does not fit"
             raise ChainRuleBroken(
                 1, f"the {name} is not signed by the next link: {reason}"
             ) from exc
-        not_before, not_after = cert.not_valid_before_utc, cert.not_valid_after_utc
-        if not not_before.timestamp() <= at < not_after.timestamp():
-            raise ChainRuleBroken(
-                1,
-                f"the {name} is valid from {_iso(not_before)} until {_iso(not_after)}, "
-                f"and now it is {_iso(datetime.fromtimestamp(at, UTC))}",
-            )
+        check_dates(name, cert, at)
 
 
 def spki(cert: x509.Certificate) -> bytes:
@@ -112,28 +106,45 @@ def _load(chain: Sequence[bytes]) -> tuple[x509.Certificate, x509.Certificate, x
         raise ChainRuleBroken(
             1, f"the verified chain has {len(chain)} certificate(s), expected leaf, app CA, root"
         )
-    certs = []
-    for name, der in zip((_LEAF, _APP_CA, _ROOT), chain, strict=True):
-        try:
-            certs.append(x509.load_der_x509_certificate(der))
-        except Exception as exc:  # what cannot be parsed is refused, whatever the parser raises
-            raise ChainRuleBroken(_RULE_OF[name], f"the {name} cannot be parsed: {exc}") from exc
-    return certs[0], certs[1], certs[2]
+    leaf, app_ca, root = chain
+    return load(LEAF, leaf), load(_APP_CA, app_ca), load(_ROOT, root)
 
 
-def _check_leaf(leaf: x509.Certificate, role: Role) -> AppId:
+# The rules for one certificate, named by its place in the chain. `leaf.py` uses those for a leaf.
+
+
+def load(name: str, der: bytes) -> x509.Certificate:
+    """Parse a certificate, or raise `ChainRuleBroken`."""
+    try:
+        return x509.load_der_x509_certificate(der)
+    except Exception as exc:  # what cannot be parsed is refused, whatever the parser raises
+        raise ChainRuleBroken(_RULE_OF[name], f"the {name} cannot be parsed: {exc}") from exc
+
+
+def check_dates(name: str, cert: x509.Certificate, at: float) -> None:
+    """Rule 1, the dates. `at` is in seconds since 1970."""
+    not_before, not_after = cert.not_valid_before_utc, cert.not_valid_after_utc
+    if not not_before.timestamp() <= at < not_after.timestamp():
+        raise ChainRuleBroken(
+            1,
+            f"the {name} is valid from {_iso(not_before)} until {_iso(not_after)}, "
+            f"and now it is {_iso(datetime.fromtimestamp(at, UTC))}",
+        )
+
+
+def check_leaf(leaf: x509.Certificate, role: Role) -> AppId:
     """Rule 2."""
-    constraints = _known(leaf, _LEAF, x509.BasicConstraints)
+    constraints = _known(leaf, LEAF, x509.BasicConstraints)
     if constraints is not None and constraints.ca:
         raise ChainRuleBroken(2, "the leaf is a CA certificate")
-    eku = _known(leaf, _LEAF, x509.ExtendedKeyUsage)
+    eku = _known(leaf, LEAF, x509.ExtendedKeyUsage)
     oid, eku_name = _EKU_OF[role]
     if eku is not None and oid not in eku:
         raise ChainRuleBroken(
             2, f"the leaf's extended key usage lacks {eku_name}, which a {role.value} needs"
         )
-    _check_usage(leaf, _LEAF, extension.USAGE_LEAF)
-    return _read(leaf, _LEAF, extension.app_id)
+    _check_usage(leaf, LEAF, extension.USAGE_LEAF)
+    return _read(leaf, LEAF, extension.app_id)
 
 
 def _check_app_ca(app_ca: x509.Certificate, leaf_app_id: AppId) -> None:
@@ -153,7 +164,7 @@ def _check_app_ca(app_ca: x509.Certificate, leaf_app_id: AppId) -> None:
         )
 
 
-def _check_app_info(leaf: x509.Certificate, app_id: AppId) -> AppInfo | None:
+def check_app_info(leaf: x509.Certificate, app_id: AppId) -> AppInfo | None:
     """Rule 4."""
     try:
         app_info = extension.app_info(leaf)
@@ -166,7 +177,7 @@ def _check_app_info(leaf: x509.Certificate, app_id: AppId) -> AppInfo | None:
     return app_info
 
 
-def _check_strength(name: str, cert: x509.Certificate) -> None:
+def check_strength(name: str, cert: x509.Certificate) -> None:
     """Rule 5. A root is trusted for its key: its signature by itself proves nothing."""
     try:
         key = cert.public_key()

@@ -54,6 +54,9 @@ _NO_COMMON_VERSION = frozenset({"UNSUPPORTED_PROTOCOL", "NO_PROTOCOLS_AVAILABLE"
 
 _LINGER_SECONDS = 1.0
 
+_MAX_UNREAD_BYTES = 1024 * 1024
+"""What may wait to be sent, encrypted; writers of data stop far below it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
@@ -75,14 +78,46 @@ class _Accepting:
 _accepting: ContextVar[_Accepting | None] = ContextVar("_accepting", default=None)
 
 
-class _ServerObject(ssl.SSLObject):
+class _BoundedObject(ssl.SSLObject):
+    """Fails where the peer has TLS itself answer it, again and again, and reads no answer.
+
+    Each KeyUpdate may ask for one in return (RFC 8446 4.6.3), and in TLS 1.2 each attempt to
+    renegotiate gets an alert. Event loops go on reading while such answers pile up.
+    """
+
+    _outgoing: ssl.MemoryBIO
+    _sslobj: Any
+
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:  # noqa: A002 - the base's name
+        # The base's own body, so that a read costs no more than without this class.
+        try:
+            return self._sslobj.read(len) if buffer is None else self._sslobj.read(len, buffer)
+        except ssl.SSLWantReadError:
+            if self._outgoing.pending > _MAX_UNREAD_BYTES:
+                raise ssl.SSLError("the peer does not read what TLS has to answer it") from None
+            raise
+
+
+class _Context(ssl.SSLContext):
+    """Makes objects that know what waits to be sent."""
+
+    sslobject_class: type[ssl.SSLObject] = _BoundedObject
+
+    def wrap_bio(
+        self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, *args: Any, **kw: Any
+    ) -> Any:
+        ssl_object = super().wrap_bio(incoming, outgoing, *args, **kw)
+        ssl_object._outgoing = outgoing  # type: ignore[attr-defined]  # noqa: SLF001 - our own class
+        return ssl_object
+
+
+class _ServerObject(_BoundedObject):
     """Sends the alert that OpenSSL leaves behind when our side refuses a client certificate.
 
     asyncio and uvloop drop what a failed handshake has put into the outgoing BIO. By then what
     went before is long sent, so the alert may go straight to the socket.
     """
 
-    _outgoing: ssl.MemoryBIO
     _connection: _Accepting | None
 
     def do_handshake(self) -> None:
@@ -103,7 +138,7 @@ class _ServerObject(ssl.SSLObject):
                 self._connection.lingering = self._connection.sock.dup()
 
 
-class _ServerContext(ssl.SSLContext):
+class _ServerContext(_Context):
     """Hands the connection that `accept_tls` is accepting to the SSL object made for it."""
 
     sslobject_class = _ServerObject
@@ -120,8 +155,7 @@ class _ServerContext(ssl.SSLContext):
         if self.make_fresh is not None:
             return self.make_fresh().wrap_bio(incoming, outgoing, *args, **kw)
         ssl_object = super().wrap_bio(incoming, outgoing, *args, **kw)
-        ssl_object._outgoing = outgoing  # type: ignore[attr-defined]  # noqa: SLF001 - our own class
-        ssl_object._connection = _accepting.get()  # type: ignore[attr-defined]  # noqa: SLF001
+        ssl_object._connection = _accepting.get()  # noqa: SLF001 - our own class
         return ssl_object
 
 
@@ -130,7 +164,7 @@ def client_context(credentials: Credentials, min_version: ssl.TLSVersion) -> ssl
 
     Raises `ssl.SSLError` when key, chain or root cannot be loaded or do not fit one another.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = _Context(ssl.PROTOCOL_TLS_CLIENT)
     # A name in a certificate means nothing in dstack: who the target is, is its app-id.
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED

@@ -5,34 +5,13 @@ Names and labels are the contract's. An app-id is never a label, so cardinality 
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from dstack_mesh.relay.exchange import Exchange
-
-_BUCKETS = (
-    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25),
-    *(0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
-)
-_METHODS = frozenset(
-    (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH")
-)
+from dstack_mesh.relay.tally import BUCKETS, Tally
 
 Sample = tuple[str, dict[str, str], float]
 """Suffix of the metric's name, labels, value."""
-
-
-class _Histogram:
-    __slots__ = ("counts", "sum")
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(_BUCKETS) + 1)
-        self.sum = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(_BUCKETS, value)] += 1
-        self.sum += value
 
 
 class Metrics:
@@ -40,9 +19,7 @@ class Metrics:
 
     def __init__(self, version: str) -> None:
         self._version = version
-        self._requests: Counter[tuple[str, bytes, int, str]] = Counter()
-        self._bytes: Counter[tuple[str, str]] = Counter()
-        self._durations: dict[str, _Histogram] = {}
+        self._tallies: dict[str, Tally] = {}
         self._handshakes: Counter[tuple[str, str]] = Counter()
         self._decisions: Counter[str] = Counter()
         self._read: list[tuple[str, str, str, Callable[[], Iterable[Sample]]]] = []
@@ -61,17 +38,9 @@ class Metrics:
         """Count a decision of policy."""
         self._decisions[decision] += 1
 
-    def record(self, direction: str, exchange: Exchange, seconds: float) -> None:
-        """Count an exchange that has ended; `seconds` is its duration."""
-        method = exchange.line.method
-        key = method if method in _METHODS else b"other"
-        self._requests[direction, key, exchange.status // 100, exchange.code] += 1
-        self._bytes[direction, "up"] += exchange.bytes_up
-        self._bytes[direction, "down"] += exchange.bytes_down
-        histogram = self._durations.get(direction)
-        if histogram is None:
-            histogram = self._durations[direction] = _Histogram()
-        histogram.observe(seconds)
+    def tally(self, direction: str) -> Tally:
+        """Give the counter of a direction's exchanges."""
+        return self._tallies.setdefault(direction, Tally())
 
     def text(self) -> str:
         """Give the Prometheus text exposition (version 0.0.4)."""
@@ -81,7 +50,7 @@ class Metrics:
             "requests_total",
             "counter",
             "Exchanges that have ended.",
-            (("", _request_labels(*key), count) for key, count in sorted(self._requests.items())),
+            self._request_samples(),
         )
         _metric(
             lines,
@@ -95,10 +64,7 @@ class Metrics:
             "bytes_total",
             "counter",
             "Bytes of bodies and responses carried.",
-            (
-                ("", {"direction": direction, "way": way}, count)
-                for (direction, way), count in sorted(self._bytes.items())
-            ),
+            self._byte_samples(),
         )
         _metric(
             lines,
@@ -118,14 +84,27 @@ class Metrics:
         _metric(lines, "build_info", "gauge", "The running version.", build)
         return "\n".join(lines) + "\n"
 
+    def _request_samples(self) -> Iterable[Sample]:
+        for direction, tally in self._used():
+            for key, count in sorted(tally.requests.items()):
+                yield "", _request_labels(direction, *key), count
+
+    def _byte_samples(self) -> Iterable[Sample]:
+        for direction, tally in self._used():
+            yield "", {"direction": direction, "way": "down"}, tally.bytes_down
+            yield "", {"direction": direction, "way": "up"}, tally.bytes_up
+
+    def _used(self) -> list[tuple[str, Tally]]:
+        return sorted((name, tally) for name, tally in self._tallies.items() if tally.requests)
+
     def _duration_samples(self) -> Iterable[Sample]:
-        for direction, histogram in sorted(self._durations.items()):
+        for direction, tally in self._used():
             total = 0
-            for bound, count in zip((*_BUCKETS, None), histogram.counts, strict=True):
+            for bound, count in zip((*BUCKETS, None), tally.buckets, strict=True):
                 total += count
                 le = "+Inf" if bound is None else f"{bound:g}"
                 yield "_bucket", {"direction": direction, "le": le}, total
-            yield "_sum", {"direction": direction}, histogram.sum
+            yield "_sum", {"direction": direction}, tally.seconds
             yield "_count", {"direction": direction}, total
 
 

@@ -100,7 +100,7 @@ class MeshConnector:
         upstream = Upstream(lane)
         try:
             await lane.worker.loop.create_connection(
-                lambda: upstream,
+                upstream.as_protocol,
                 sock=sock,
                 ssl=snapshot.client_context,
                 server_hostname=self._endpoint.server_name or "",

@@ -14,21 +14,19 @@ from dstack_mesh.identity.store import IdentityStore
 from dstack_mesh.model import Address, Target, TcpAddress
 from dstack_mesh.outbound.agent_calls import agent_path, exposed
 from dstack_mesh.outbound.connect import MeshConnector
-from dstack_mesh.outbound.target import Endpoint, endpoint, parse_target
+from dstack_mesh.outbound.target import endpoint, parse_target
 from dstack_mesh.relay.answers import Answer, json_answer
 from dstack_mesh.relay.dial import PlainConnector, authority
 from dstack_mesh.relay.pool import Pool
 from dstack_mesh.relay.upstream import Lane, Route
+from dstack_mesh.wire.fields import Field
 from dstack_mesh.wire.memo import BlockMemo
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
 from dstack_mesh.wire.translate import ResponseRules
 
-_APP, _PORT, _INSTANCE = (
-    b"x-dstack-target-app",
-    b"x-dstack-target-port",
-    b"x-dstack-target-instance",
-)
-_REMOVE = frozenset((_APP, _PORT, _INSTANCE))
+_HEADERS = (b"x-dstack-target-app", b"x-dstack-target-port", b"x-dstack-target-instance")
+_REMOVE = frozenset(_HEADERS)
+_MAX_DESTINATIONS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +43,29 @@ class OutboundOptions:
 class OutboundPlan:
     """What a request's field lines mean to this side; remembered with them."""
 
-    __slots__ = ("fields", "gateway", "lane", "target", "values")
+    __slots__ = ("destination", "fields")
 
     def __init__(self, fields: RequestFields) -> None:
         self.fields = fields
-        self.lane: Lane | None = None
+        self.destination: Destination | None = None
+
+
+class Destination:
+    """What certain values of the target headers lead to."""
+
+    __slots__ = ("gateway", "host", "lane", "target")
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.host = b"%b-%ds" % (target.app_id.encode("ascii"), target.port)
+        """`Host` for a request that came without."""
         self.gateway: Gateway | None = None
-        """The gateway that `lane` was looked up for."""
-        self.target: Target | None = None
-        self.values = {
-            name: [value for removed, value in fields.removed if removed == name]
-            for name in _REMOVE
-        }
+        """The gateway that `lane` was looked up for; None as long as it was not."""
+        self.lane: Lane
+
+    def lead_to(self, gateway: Gateway, lane: Lane) -> None:
+        """Take another gateway's lane."""
+        self.lane, self.gateway = lane, gateway
 
 
 class OutboundProxy:
@@ -78,6 +87,7 @@ class OutboundProxy:
         self._plans: BlockMemo[OutboundPlan] = BlockMemo(
             lambda block: OutboundPlan(parse_request_fields(block, 1, _REMOVE))
         )
+        self._destinations: dict[tuple[Field, ...], Destination] = {}
         self._target_rules = ResponseRules(remote_errors=True)
         self._agent_rules = ResponseRules(remote_errors=False)
         self._agent_lane = pool.lane(
@@ -111,25 +121,32 @@ class OutboundProxy:
     # The three ways.
 
     def _to_target(self, line: RequestLine, plan: OutboundPlan) -> Route | Answer:
-        if plan.target is None:
-            values = plan.values
-            plan.target = parse_target(
-                values[_APP], values[_PORT], values[_INSTANCE], self._options.default_port
-            )
-        if plan.target is None:
-            # Only look-alikes (`x_dstack_target_app`): taken out, and no reason to route.
-            return self._own(line) or self._to_agent(line, plan.fields)
+        destination = plan.destination
+        if destination is None:
+            said = tuple(plan.fields.removed)
+            destination = plan.destination = self._destinations.get(said) or self._read(said)
+            if destination is None:
+                # Only look-alikes (`x_dstack_target_app`): taken out, and no reason to route.
+                return self._own(line) or self._to_agent(line, plan.fields)
         self._identity.require()
         gateway = self._directory.require()
-        lane = plan.lane
-        if lane is None or plan.gateway is not gateway:
-            lane = plan.lane = self._lane(
-                endpoint(plan.target, gateway, self._options.gateway_connect)
-            )
-            plan.gateway = gateway
-        host = b"%b-%ds" % (plan.target.app_id.encode("ascii"), plan.target.port)
-        head = _head(line, line.target, plan.fields, host)
-        return Route(lane, head, self._target_rules, _REMOVE)
+        if destination.gateway is not gateway or destination.lane.retired:
+            destination.lead_to(gateway, self._lane(destination.target, gateway))
+        head = _head(line, line.target, plan.fields, destination.host)
+        return Route(destination.lane, head, self._target_rules, _REMOVE)
+
+    def _read(self, said: tuple[Field, ...]) -> Destination | None:
+        """Understand target headers that have not been seen before, or not lately."""
+        apps, ports, instances = (
+            [value for name, value in said if name == header] for header in _HEADERS
+        )
+        target = parse_target(apps, ports, instances, self._options.default_port)
+        if target is None:
+            return None
+        if len(self._destinations) >= _MAX_DESTINATIONS:
+            self._destinations.clear()
+        destination = self._destinations[said] = Destination(target)
+        return destination
 
     def _own(self, line: RequestLine) -> Answer | None:
         path = line.target.partition(b"?")[0]
@@ -152,7 +169,8 @@ class OutboundProxy:
         head = _head(line, call + question + query, fields, authority(self._options.agent))
         return Route(self._agent_lane, head, self._agent_rules, _REMOVE)
 
-    def _lane(self, where: Endpoint) -> Lane:
+    def _lane(self, target: Target, gateway: Gateway) -> Lane:
+        where = endpoint(target, gateway, self._options.gateway_connect)
         return self._pool.lane(
             where,
             lambda: MeshConnector(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,7 +40,7 @@ class Expiring(Protocol):
     """Something with a deadline."""
 
     deadline: float
-    """In the loop's time; `NEVER` for none."""
+    """In the worker's time; `NEVER` for none."""
 
     def expire(self, now: float) -> None:
         """Act on the deadline's having passed."""
@@ -48,8 +50,14 @@ class Expiring(Protocol):
 class Deadlines:
     """Sweeps over what it watches and expires what is due."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, tick: float) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        tick: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._loop = loop
+        self._clock = clock
         self._tick = tick
         self._watched: set[Expiring] = set()
         self._handle: asyncio.TimerHandle | None = None
@@ -72,7 +80,7 @@ class Deadlines:
         self._watched.clear()
 
     def _sweep(self) -> None:
-        now = self._loop.time()
+        now = self._clock()
         due = [one for one in self._watched if one.deadline <= now]
         for one in due:
             if one.deadline <= now:  # what expired before it may have changed that

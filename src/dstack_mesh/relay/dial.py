@@ -69,7 +69,8 @@ class PlainConnector:
         try:
             async with asyncio.timeout(self._timeout):
                 sock = await open_socket(loop, self._address)
-                _, upstream = await loop.create_connection(lambda: Upstream(lane), sock=sock)
+                upstream = Upstream(lane)
+                await loop.create_connection(upstream.as_protocol, sock=sock)
         except TimeoutError:
             detail = f"{self._what} at {self._address} did not accept within {self._timeout:g} s"
             raise (self._unavailable or ConnectTimeout)(detail) from None

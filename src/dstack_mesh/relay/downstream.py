@@ -22,14 +22,14 @@ from dstack_mesh.wire.limits import (
     MAX_REQUEST_LINE_BYTES,
     MAX_REQUEST_TARGET_BYTES,
 )
-from dstack_mesh.wire.request import parse_request_line
+from dstack_mesh.wire.request import check_body, parse_request_line
 
 _WRITE_HIGH_WATER = 128 * 1024
 _after_empty_lines = re.compile(rb"\A(?:\r\n)++").sub
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
-class Downstream(asyncio.BufferedProtocol, Generic[P]):
+class Downstream(Generic[P]):
     """The server's end of one HTTP/1.1 connection."""
 
     __slots__ = (
@@ -78,7 +78,7 @@ class Downstream(asyncio.BufferedProtocol, Generic[P]):
         # A handshake may end after draining has begun; its request is then awaited, but not long.
         timeouts = self.worker.timeouts
         patience = timeouts.head if self._listener.draining else timeouts.idle
-        self.deadline = self.worker.loop.time() + patience
+        self.deadline = self.worker.clock() + patience
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Lend the worker's read buffer."""
@@ -138,7 +138,7 @@ class Downstream(asyncio.BufferedProtocol, Generic[P]):
         if self._exchange is None and not self._head_started and not self._lingering:
             if self.writable:
                 # TLS waits for the client's close_notify, and a frozen client never sends it.
-                self.deadline = self.worker.loop.time() + self.worker.timeouts.linger
+                self.deadline = self.worker.clock() + self.worker.timeouts.linger
             self.transport.close()
 
     # Heads.
@@ -169,7 +169,7 @@ class Downstream(asyncio.BufferedProtocol, Generic[P]):
         """
         if not self._head_started and data:
             self._head_started = True
-            self.deadline = self.worker.loop.time() + self.worker.timeouts.head
+            self.deadline = self.worker.clock() + self.worker.timeouts.head
         if has_bare_lf(data, seen):
             raise BadRequest("the head has a line that ends in a bare LF")
         eol = data.find(b"\r\n")
@@ -188,6 +188,7 @@ class Downstream(asyncio.BufferedProtocol, Generic[P]):
         eol = data.find(b"\r\n")
         line = parse_request_line(data[:eol])
         plan = self._handler.plan(line, data[eol + 2 : end + 2])
+        check_body(line, plan.fields)
         self._head_started = False
         self.deadline = NEVER
         exchange = self._exchange = Exchange(self, line, plan.fields)
@@ -259,7 +260,7 @@ class Downstream(asyncio.BufferedProtocol, Generic[P]):
         if self.transport.is_closing():
             return
         # Also on the way out: a client may never take the last of its answer.
-        self.deadline = self.worker.loop.time() + self.worker.timeouts.idle
+        self.deadline = exchange.finished + self.worker.timeouts.idle
         if keep and not (self._listener.draining or self._saw_eof):
             if self.writable:
                 if self._pending:
@@ -299,7 +300,7 @@ class Downstream(asyncio.BufferedProtocol, Generic[P]):
         """
         self._lingering = True
         self._pending = b""
-        self.deadline = self.worker.loop.time() + self.worker.timeouts.linger
+        self.deadline = self.worker.clock() + self.worker.timeouts.linger
         self.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()

@@ -52,19 +52,24 @@ class Exchange:
         "code",
         "ended",
         "fields",
+        "finished",
         "line",
         "peer",
         "request_done",
         "started",
         "status",
         "upstream",
+        "worker",
     )
 
     def __init__(self, client: Client, line: RequestLine, fields: RequestFields) -> None:
         self._client = client
         self.line = line
         self.fields = fields
-        self.started = client.worker.loop.time()
+        self.worker = client.worker
+        self.started = self.worker.clock()
+        self.finished = 0.0
+        """In the worker's time, as `started`; 0 before the end."""
         self.request_done = fields.framing is Framing.NONE
         self.ended = False
         self.status = 0
@@ -89,7 +94,7 @@ class Exchange:
         if not self.request_done:
             self._body = RequestBody(self.fields, route.remove_trailers)
             self._early = rest
-        upstream = route.lane.take()
+        upstream = route.lane.take(self.started)
         if upstream is not None:
             self._attach(upstream)
         else:
@@ -109,7 +114,7 @@ class Exchange:
             self._send_body(data, b"")
 
     def _connect(self) -> None:
-        self._task = self._client.worker.loop.create_task(self._connect_then_attach())
+        self._task = self.worker.loop.create_task(self._connect_then_attach())
 
     async def _connect_then_attach(self) -> None:
         lane = self._route.lane
@@ -124,7 +129,7 @@ class Exchange:
                 self.fail(ConnectFailed("the connection could not be opened; see the log"))
         else:
             if self.ended:
-                lane.release(upstream)
+                lane.release(upstream, self.worker.clock())
             elif upstream.gone:
                 self.fail(lane.connector.lost(upstream.failure))
             else:
@@ -139,7 +144,8 @@ class Exchange:
         self._response = Response(line.method, line.minor, self.fields.upgrade, self._route.rules)
         if self.request_done:
             upstream.write(self._route.head)
-            self._request_ended()
+            now = self.worker.clock() if self._retried or self._task is not None else self.started
+            self._client.deadline = now + self.worker.timeouts.response
             return
         early, self._early = self._early, b""
         self._send_body(early, self._route.head)
@@ -163,9 +169,9 @@ class Exchange:
                 self._client.keep_for_later(data[taken:])
 
     def _request_ended(self) -> None:
-        worker = self._client.worker
+        worker = self.worker
         if self._response is None or not self._response.status:
-            self._client.deadline = worker.loop.time() + worker.timeouts.response
+            self._client.deadline = worker.clock() + worker.timeouts.response
 
     # The response's way down.
 
@@ -292,7 +298,7 @@ class Exchange:
             elif not self.ended:
                 self._cut()
 
-        self._task = self._client.worker.loop.create_task(wait())
+        self._task = self.worker.loop.create_task(wait())
 
     def fail(self, error: MeshError) -> None:
         """Answer with `error`, or cut the connection where an answer is no longer possible."""
@@ -305,7 +311,7 @@ class Exchange:
 
     def timed_out(self) -> None:
         """Fail for want of a response."""
-        seconds = self._client.worker.timeouts.response
+        seconds = self.worker.timeouts.response
         self.fail(
             ResponseTimeout(
                 f"no response began within {seconds:g} s of the request's end "
@@ -342,7 +348,8 @@ class Exchange:
             if response.keep_upstream and self.request_done:
                 if not self._client.writable:
                     upstream.transport.resume_reading()
-                self._route.lane.release(upstream)
+                self.finished = self.worker.clock()
+                self._route.lane.release(upstream, self.finished)
             else:
                 upstream.transport.abort()
         self._end(keep=response.keep_client)
@@ -364,4 +371,6 @@ class Exchange:
     def _end(self, *, keep: bool) -> None:
         if not self.ended:
             self.ended = True
+            if not self.finished:
+                self.finished = self.worker.clock()
             self._client.exchange_ended(self, keep)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Hashable
 
 from dstack_mesh.relay.upstream import Connector, Lane
 from dstack_mesh.relay.worker import Worker
 
+MAX_LANES = 1024
+"""Destinations that are kept though no connection to them is open."""
+
 
 class Pool:
-    """Lanes by destination. A lane lives while a connection or a remembered head refers to it."""
+    """Lanes by destination. Many targets cost no more memory than their open connections."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._lanes: weakref.WeakValueDictionary[Hashable, Lane] = weakref.WeakValueDictionary()
+        self._lanes: dict[Hashable, Lane] = {}
 
     def lane(self, key: Hashable, make: Callable[[], Connector]) -> Lane:
         """Give the connections to `key`; `make` makes the connector of a new destination."""
         lane = self._lanes.get(key)
         if lane is None:
+            if len(self._lanes) >= MAX_LANES:
+                self._retire_unused()
             lane = self._lanes[key] = Lane(self._worker, make())
         return lane
 
@@ -27,3 +31,9 @@ class Pool:
         """Close the idle connections that may not be used any more, as after a renewal."""
         for lane in list(self._lanes.values()):
             lane.drain()
+
+    def _retire_unused(self) -> None:
+        for key, lane in list(self._lanes.items()):
+            if not lane.open:
+                lane.retired = True
+                del self._lanes[key]

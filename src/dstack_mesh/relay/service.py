@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import cast
 
 from dstack_mesh.relay.downstream import Downstream
 from dstack_mesh.relay.exchange import Exchange
 from dstack_mesh.relay.interfaces import Connection, Handler, P
+from dstack_mesh.relay.tally import Tally
 from dstack_mesh.relay.worker import Worker
 
 Recorder = Callable[[str, Exchange], None]
@@ -23,10 +25,13 @@ class Service:
         direction: str,
         *,
         max_connections: int,
+        tally: Tally | None = None,
         record: Recorder | None = None,
     ) -> None:
+        """Exchanges are counted in `tally`, and told to `record`, where there are such."""
         self.worker = worker
         self.direction = direction
+        self._tally = tally
         self.draining = False
         self.connections: set[Connection] = set()
         self._max_connections = max_connections
@@ -34,9 +39,11 @@ class Service:
         self._empty = asyncio.Event()
         self._empty.set()
 
-    def protocol(self, handler: Handler[P]) -> Downstream[P]:
+    def protocol(self, handler: Handler[P]) -> asyncio.BaseProtocol:
         """Make the protocol of one accepted connection."""
-        return Downstream(self, handler)
+        # It has what a BufferedProtocol has; event loops ask for no more, and a compiled class
+        # cannot have a base that is not compiled.
+        return cast("asyncio.BaseProtocol", Downstream(self, handler))
 
     def has_room(self) -> bool:
         """Tell whether another connection is within the limit."""
@@ -72,5 +79,14 @@ class Service:
 
     def record(self, exchange: Exchange) -> None:
         """Record an exchange that has ended."""
+        if self._tally is not None:
+            self._tally.add(
+                exchange.line.method,
+                exchange.status,
+                exchange.code,
+                exchange.bytes_up,
+                exchange.bytes_down,
+                exchange.finished - exchange.started,
+            )
         if self._record is not None:
             self._record(self.direction, exchange)

@@ -48,10 +48,11 @@ class Connector(Protocol):
         ...
 
 
-class Upstream(asyncio.BufferedProtocol):
+class Upstream:
     """The client's end of one HTTP/1.1 connection. Carries one exchange at a time."""
 
     __slots__ = (
+        "admitted",
         "clean_end",
         "deadline",
         "exchange",
@@ -77,6 +78,7 @@ class Upstream(asyncio.BufferedProtocol):
         self.gone = False
         """Whether the connection has ended, and `failure` tells by what; None: nothing special."""
         self.failure: Exception | None = None
+        self.admitted = False
         self.reused = False
         self.deadline = NEVER
         self.expires_at = NEVER
@@ -92,6 +94,8 @@ class Upstream(asyncio.BufferedProtocol):
         if peer is not None:
             self.not_after = peer.not_after
         if not self.gone:
+            self.lane.open += 1
+            self.admitted = True
             self.lane.worker.admit_upstream(self)
 
     def usable(self, now: float, generation: int) -> bool:
@@ -111,10 +115,17 @@ class Upstream(asyncio.BufferedProtocol):
     def close(self) -> None:
         """End the connection once what was written is sent, if that does not take forever."""
         worker = self.lane.worker
-        self.deadline = worker.loop.time() + worker.timeouts.idle
+        self.deadline = worker.clock() + worker.timeouts.idle
         self.transport.close()
 
     # What asyncio calls.
+
+    def as_protocol(self) -> asyncio.BaseProtocol:
+        """Give itself to an event loop: it has what a BufferedProtocol has.
+
+        It is none by its bases, since a compiled class cannot have one that is not compiled.
+        """
+        return cast("asyncio.BaseProtocol", self)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.BaseProtocol`."""
@@ -174,19 +185,22 @@ class Upstream(asyncio.BufferedProtocol):
 class Lane:
     """The connections to one destination: most recently used first."""
 
-    __slots__ = ("__weakref__", "connector", "idle", "worker")
+    __slots__ = ("connector", "idle", "open", "retired", "worker")
 
     def __init__(self, worker: Worker, connector: Connector) -> None:
         self.worker = worker
         self.connector = connector
         self.idle: list[Upstream] = []
+        self.open = 0
+        """Connections, idle and busy."""
+        self.retired = False
+        """Whether the pool has let go of the lane: whoever remembers it should ask again."""
 
-    def take(self) -> Upstream | None:
+    def take(self, now: float) -> Upstream | None:
         """Give an idle connection that may be used, if there is one."""
         idle = self.idle
         if not idle:
             return None
-        now = self.worker.loop.time()
         generation = self.connector.generation()
         while idle:
             upstream = idle.pop()
@@ -197,10 +211,9 @@ class Lane:
             upstream.transport.close()
         return None
 
-    def release(self, upstream: Upstream) -> None:
+    def release(self, upstream: Upstream, now: float) -> None:
         """Take back a connection whose exchange ended well."""
-        now = self.worker.loop.time()
-        if upstream.usable(now, self.connector.generation()):
+        if upstream.usable(now, self.connector.generation()) and not self.retired:
             upstream.deadline = min(now + self.worker.upstream_idle, upstream.expires_at)
             self.idle.append(upstream)
         else:
@@ -208,13 +221,15 @@ class Lane:
 
     def forget(self, upstream: Upstream) -> None:
         """Drop a connection that is gone."""
+        if upstream.admitted:
+            self.open -= 1
         self.worker.forget_upstream(upstream)
         if upstream.exchange is None and upstream in self.idle:
             self.idle.remove(upstream)
 
     def drain(self) -> None:
         """Close the idle connections that may not be used any more."""
-        now = self.worker.loop.time()
+        now = self.worker.clock()
         generation = self.connector.generation()
         stale = [one for one in self.idle if not one.usable(now, generation)]
         for one in stale:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 from dstack_mesh.relay.deadlines import Deadlines, Expiring, Timeouts
@@ -25,12 +27,19 @@ class UpstreamConnection(Expiring, Protocol):
 class Worker:
     """One event loop's share of the data plane."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, timeouts: Timeouts) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        timeouts: Timeouts,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.loop = loop
+        self.clock = clock
+        """Seconds, monotonic. Finer than the loop's own time, which may count milliseconds."""
         self.timeouts = timeouts
         self.buffer = memoryview(bytearray(READ_BUFFER_BYTES))
         """Lent to a connection for the time of one read; nothing may keep a view of it."""
-        self.deadlines = Deadlines(loop, timeouts.tick())
+        self.deadlines = Deadlines(loop, timeouts.tick(), clock)
         # A little less than our own inbound idle timeout, which the target's mesh likely has too:
         # the side that uses the connection should be the first to let it go.
         self.upstream_idle = min(timeouts.idle * 0.8, _MAX_IDLE)
@@ -39,7 +48,7 @@ class Worker:
     def admit_upstream(self, upstream: UpstreamConnection) -> None:
         """Take a new connection into the books."""
         age = _MAX_AGE * random.uniform(0.9, 1.0)  # noqa: S311 - jitter, not a secret
-        upstream.expires_at = self.loop.time() + age
+        upstream.expires_at = self.clock() + age
         self.upstreams.add(upstream)
         self.deadlines.watch(upstream)
 

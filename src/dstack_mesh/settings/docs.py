@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from dstack_mesh.settings.render import as_markdown
+from dstack_mesh.settings.schema import SCHEMA
 
 _HEAD = """\
 <!-- Made by `python -m dstack_mesh.settings.docs`; a test holds it true. -->
@@ -13,17 +14,24 @@ _HEAD = """\
 The command line beats the environment, which beats the TOML file (`-c FILE`), which beats the
 default. `dstack-mesh config` prints the settings in effect as a TOML file, each with its source.
 
-An empty or otherwise bad value, an unknown key in the file, or settings that do not go together
-stop the start with exit status 2 and one line that names the key, the value and what is accepted.
-An unknown `MESH_…` variable is a warning that names the nearest known one. Where a setting has two
-variables, the first wins.
+A bad value, an unknown key in the file, or settings that do not go together stop the start with
+exit status 2 and one line that names the key, the value and what is accepted. An unknown `MESH_…`
+variable is a warning that names the nearest known one. Where a setting has two variables, the first
+wins.
+
+An empty variable (`MESH_GATEWAY=`) counts as not set, since that is how compose files hand in what
+was not filled in. Not so for {restricting}:
+these say who may do what, and by default everybody may, so an empty value is an error there. An
+empty flag is an error everywhere, and so is an empty string in the file, but for the keys that the
+Rust mesh's file has too.
 
 """
 
 _FOOT = """
 The Rust mesh's own TOML file is accepted as it is: `[client]` (`enabled`, `address`, `port`) is
-`outbound.listen`, `[dstack]` and `[tls]` have the keys above, and `[auth]` is understood, but has
-no effect in this version.
+`outbound.listen`, `[auth]` with the same keys is `inbound.mode = "nginx"` with
+`inbound.auth_listen` (nothing where `enabled` is false), and `[dstack]` and `[tls]` have the keys
+above, where an empty string counts as not set.
 
 ## Shell completion
 
@@ -35,7 +43,8 @@ no effect in this version.
 
 def document() -> str:
     """Write the whole page."""
-    return _HEAD + as_markdown() + _FOOT
+    restricting = " and ".join(f"`{setting.env[0]}`" for setting in SCHEMA if setting.restricts)
+    return _HEAD.format(restricting=restricting) + as_markdown() + _FOOT
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +25,7 @@ _SECTIONS: dict[str, Callable[..., Any]] = {
     "log": tree.LogSettings,
 }
 _TLS_FILES = ("tls.cert_file", "tls.key_file", "tls.ca_file")
-_LISTENERS = ("outbound.listen", "inbound.listen", "admin.listen")
+_LISTENERS = ("outbound.listen", "inbound.listen", "inbound.auth_listen", "admin.listen")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,10 @@ def load_settings(
 ) -> Loaded:
     """Merge the sources into one tree. `flags` has the flags given, by key (`outbound.listen`).
 
-    Every value given is judged, also one that another source overrides. Raises SettingsError for
-    the first that is wrong.
+    Every value given is judged, also one that another source overrides. An empty variable counts
+    as not set, but where the setting restricts. Raises SettingsError for the first that is wrong.
     """
-    in_file, warnings = toml_file.read(file) if file is not None else ({}, [])
+    in_file = toml_file.read(file) if file is not None else {}
     file_name = one_line(str(file))
     values: dict[str, Any] = {}
     sources: dict[str, Source] = {}
@@ -73,13 +74,17 @@ def load_settings(
         given: list[tuple[Source, str]] = []
         if setting.key in flags:
             given.append((Source("flag", setting.flag), flags[setting.key]))
-        given += [(Source("env", n), environ[n]) for n in setting.env if n in environ][:1]
+        given += [
+            (Source("env", name), environ[name])
+            for name in setting.env
+            if name in environ and (environ[name] or setting.restricts)
+        ][:1]
         if setting.key in in_file:
             given.append((Source("file", file_name), in_file[setting.key]))
         read = [(_read(setting, source, text), source) for source, text in given]
         values[setting.key], sources[setting.key] = read[0] if read else _default(setting, exists)
     _check(values, sources, exists)
-    warnings += _unknown_variables(environ)
+    warnings = _unknown_variables(environ) + _open_auth_service(values, sources)
     if sources["dstack.agent"].kind == "default" and not exists(values["dstack.agent"].path):
         warnings.append(
             f"dstack.agent: no guest agent's socket is at {', '.join(AGENT_PATHS)};"
@@ -134,10 +139,15 @@ def _check(
                 f" {BY_KEY[name].kind.accepts}"
             )
 
+    mode = values["inbound.mode"]
+    closed = set()  # in nginx mode nginx opens `inbound.listen`
+    if mode != "embedded" or values["inbound.backend"] is None:
+        closed.add("inbound.listen")
+    if mode != "nginx":
+        closed.add("inbound.auth_listen")
     taken: dict[Any, str] = {}
-    inbound_is_off = values["inbound.backend"] is None or values["inbound.mode"] == "off"
     for name in _LISTENERS:
-        address = None if name == "inbound.listen" and inbound_is_off else values[name]
+        address = None if name in closed else values[name]
         if address is None or (isinstance(address, TcpAddress) and address.port == 0):
             continue
         if address in taken:
@@ -146,6 +156,23 @@ def _check(
                 " accepted is an address of its own for each listener"
             )
         taken[address] = name
+
+
+def _open_auth_service(values: Mapping[str, Any], sources: Mapping[str, Source]) -> list[str]:
+    """Warn of an auth service that others than nginx could ask."""
+    name = "inbound.auth_listen"
+    address = values[name]
+    if values["inbound.mode"] != "nginx" or not isinstance(address, TcpAddress):
+        return []
+    try:
+        if ipaddress.ip_address(address.host).is_loopback:
+            return []
+    except ValueError:
+        if address.host == "localhost":
+            return []
+    found = f"{sources[name].key(BY_KEY[name])} is {shown(str(address))}"
+    advice = "the auth service believes whoever asks to be nginx; use 127.0.0.1 or a unix socket"
+    return [f"{found}: {advice}"]
 
 
 def _unknown_variables(environ: Mapping[str, str]) -> list[str]:

@@ -61,7 +61,20 @@ def listen(text: str) -> Address | None:
     """Read a listener's address: `host:port` (0 is any free port), `unix:/path`, or `off`."""
     if text == "off":
         return None
+    return listen_on(text)
+
+
+def listen_on(text: str) -> Address:
+    """Read a listener's address as `listen` does, where it cannot be `off`."""
     return unix(text) if text.startswith("unix:") else tcp(text, least_port=0)
+
+
+def server_name(text: str) -> str:
+    """Read names for nginx's `server_name`: `_`, host names, and `*.` before one."""
+    names = text.split(" ")
+    if not all(host(name.removeprefix("*.")) for name in names):
+        raise ValueError
+    return text
 
 
 def http_base(text: str) -> Address:

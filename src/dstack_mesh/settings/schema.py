@@ -56,6 +56,13 @@ class Setting:
     off_text: str | None = None
     """What a value of None is written as, where None is a value of its own (`off`)."""
 
+    restricts: bool = False
+    """Says who may do what: an empty variable is an error here, and not the wish for the default.
+
+    Elsewhere it counts as not set, since compose files hand in `MESH_GATEWAY=` for what is not
+    filled in. Where the default is to let everybody, that would open what was to be closed.
+    """
+
     @property
     def flag(self) -> str:
         """The command line's flag: the variable's name without its prefix."""
@@ -76,13 +83,6 @@ def _choice(*words: str) -> Kind:
     return Kind(read, ", ".join(words[:-1]) + f" or {words[-1]}", words=words)
 
 
-def _inbound_mode(text: str) -> str:
-    if text == "nginx":
-        raise ValueError("nginx mode comes with a later release; accepted are embedded and off")
-    return _INBOUND_MODE.read(text)  # type: ignore[no-any-return]  # Kind.read is of any type
-
-
-_INBOUND_MODE = _choice("embedded", "off")
 _LISTEN = Kind(
     parse.listen, "host:port, [ipv6]:port (port 0: any free one), unix:/absolute/path or off"
 )
@@ -112,7 +112,7 @@ SCHEMA: tuple[Setting, ...] = (
     ),
     Setting(
         "outbound.agent", ("MESH_AGENT_EXPOSE",), _choice("all", "info", "none"), "all",
-        "What of the guest agent the outbound listener offers.",
+        "What of the guest agent the outbound listener offers.", restricts=True,
     ),
     Setting(
         "outbound.connect_timeout", ("MESH_CONNECT_TIMEOUT",), _DURATION, "10s",
@@ -133,13 +133,28 @@ SCHEMA: tuple[Setting, ...] = (
         "Where verified callers' requests go.", when_unset="none: inbound is off",
     ),
     Setting(
-        "inbound.mode", ("MESH_INBOUND_MODE",),
-        Kind(_inbound_mode, _INBOUND_MODE.accepts, words=_INBOUND_MODE.words),
-        "embedded", "Who terminates the callers' TLS.",
+        "inbound.mode", ("MESH_INBOUND_MODE",), _choice("embedded", "nginx", "off"), "embedded",
+        "Who terminates the callers' TLS: the mesh itself, or nginx, which asks the auth service.",
     ),
     Setting(
         "inbound.listen", ("MESH_INBOUND_LISTEN",), _LISTEN, "0.0.0.0:8443",
-        "Where other CVMs' mTLS is taken; off disables.", off_text="off",
+        "Where other CVMs' mTLS is taken, by nginx in nginx mode; off disables.", off_text="off",
+    ),
+    Setting(
+        "inbound.auth_listen", ("MESH_AUTH_LISTEN",),
+        Kind(
+            parse.listen_on, "host:port, [ipv6]:port (port 0: any free one) or unix:/absolute/path"
+        ),
+        "127.0.0.1:8092",
+        "nginx mode: where the auth service listens. Nothing but nginx may reach it.",
+    ),
+    Setting(
+        "inbound.server_name", ("MESH_SERVER_NAME", "DSTACK_MESH_SERVER_NAME"),
+        Kind(
+            parse.server_name,
+            "host names, *.example.com among them, with a space between, or _ for any",
+        ),
+        "_", "nginx mode: the `server_name` in the configuration that nginx-config prints.",
     ),
     Setting(
         "inbound.allow", ("MESH_ALLOWED_APPS",),
@@ -147,7 +162,7 @@ SCHEMA: tuple[Setting, ...] = (
             Allow.parse, "any, self, or app-ids of 40 hex digits, comma separated",
             lambda value: str(value.text), many=True,
         ),
-        "any", "Which apps under this KMS may call.", reloadable=True,
+        "any", "Which apps under this KMS may call.", reloadable=True, restricts=True,
     ),
     Setting(
         "admin.listen", ("MESH_ADMIN_LISTEN",), _LISTEN, "127.0.0.1:8093",

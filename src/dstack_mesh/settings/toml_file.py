@@ -18,10 +18,13 @@ _RUST_LISTENER: dict[str, type] = {"enabled": bool, "address": str, "port": int}
 """Both `[client]` and `[auth]` of the Rust mesh's file have these keys."""
 
 _RUST_CLIENT_DEFAULT = TcpAddress("127.0.0.1", 8091)
+_RUST_AUTH_DEFAULT = TcpAddress("127.0.0.1", 8092)
+_RUST_KEYS = ("dstack.gateway_domain", "tls.cert_file", "tls.key_file", "tls.ca_file")
+"""Keys that the Rust mesh's file has too; what is not known is an empty string there."""
 
 
-def read(file: Path) -> tuple[dict[str, str], list[str]]:
-    """Read `file` to the text of each key that it sets, and warnings.
+def read(file: Path) -> dict[str, str]:
+    """Read `file` to the text of each key that it sets.
 
     Raises SettingsError where it cannot be read, is not TOML, or has a key that is unknown or of
     the wrong type. The values themselves are not judged here.
@@ -36,23 +39,18 @@ def read(file: Path) -> tuple[dict[str, str], list[str]]:
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{name}: is not valid TOML: {one_line(str(error))}") from error
 
-    warnings: list[str] = []
     client = _rust_listener("client", document.pop("client", None), name)
     auth = _rust_listener("auth", document.pop("auth", None), name)
     values = {key: _text(key, value, name) for key, value in _flat(document, name)}
     if client is not None:
-        if "outbound.listen" in values:
-            raise SettingsError(
-                f"outbound.listen in {name} is {shown(values['outbound.listen'])} and [client] is"
-                " there too: accepted is one of the two"
-            )
-        values["outbound.listen"] = _client_address(client)
+        _add(values, "client", name, {"outbound.listen": _address(client, _RUST_CLIENT_DEFAULT)})
     if auth is not None and auth.get("enabled", True):
-        warnings.append(
-            f"[auth] in {name} has no effect: the auth service for nginx comes with a later"
-            " release; inbound.mode embedded needs none"
-        )
-    return values, warnings
+        listen = _address(auth, _RUST_AUTH_DEFAULT)
+        _add(values, "auth", name, {"inbound.mode": "nginx", "inbound.auth_listen": listen})
+    for key in _RUST_KEYS:
+        if values.get(key) == "":
+            del values[key]
+    return values
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -116,8 +114,18 @@ def _rust_listener(section: str, table: object, name: str) -> dict[str, Any] | N
     return table
 
 
-def _client_address(client: dict[str, Any]) -> str:
-    if not client.get("enabled", True):
+def _address(table: dict[str, Any], default: TcpAddress) -> str:
+    if not table.get("enabled", True):
         return "off"
-    host = client.get("address", _RUST_CLIENT_DEFAULT.host)
-    return str(TcpAddress(host, client.get("port", _RUST_CLIENT_DEFAULT.port)))
+    host = table.get("address") or default.host
+    return str(TcpAddress(host, table.get("port", default.port)))
+
+
+def _add(values: dict[str, str], section: str, name: str, more: dict[str, str]) -> None:
+    """Add what a section of the Rust mesh's file means, unless our own keys say it too."""
+    for key in more.keys() & values.keys():
+        raise SettingsError(
+            f"{key} in {name} is {shown(values[key])} and [{section}] is there too: accepted is"
+            " one of the two"
+        )
+    values.update(more)

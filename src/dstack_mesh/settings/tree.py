@@ -32,11 +32,15 @@ class OutboundSettings:
 
 @dataclass(frozen=True, slots=True)
 class InboundSettings:
-    """The side on which other CVMs call. Without a backend it is off, whatever the mode."""
+    """The side on which other CVMs call. Without a backend the embedded terminator is off."""
 
     backend: Address | None
-    mode: Literal["embedded", "off"]
+    mode: Literal["embedded", "nginx", "off"]
     listen: Address | None
+    auth_listen: Address
+    server_name: str
+    """For the configuration of nginx; `_` stands for any name."""
+
     allow: Allow
 
 

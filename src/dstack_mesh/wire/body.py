@@ -9,7 +9,12 @@ from __future__ import annotations
 import re
 from typing import Protocol
 
-from dstack_mesh.wire.fields import MalformedError, TooLargeError, forwardable_trailers
+from dstack_mesh.wire.fields import (
+    MalformedError,
+    TooLargeError,
+    forwardable_trailers,
+    has_bare_lf,
+)
 from dstack_mesh.wire.framing import Framing
 from dstack_mesh.wire.limits import (
     MAX_CHUNK_LINE_BYTES,
@@ -19,8 +24,14 @@ from dstack_mesh.wire.limits import (
 
 Bytes = bytes | memoryview
 
-# Extensions are read over and not passed on; RFC 9112 7.1.1 lets a recipient ignore them.
-_chunk_line = re.compile(rb"([0-9A-Fa-f]++)(?:[ \t]*+;[\t -~\x80-\xff]*+)?").fullmatch
+# Extensions are read over and not passed on; RFC 9112 7.1.1 lets a recipient ignore them. Quotes
+# must be closed in them: some readers let a line end stand inside.
+_chunk_line = re.compile(
+    rb"([0-9A-Fa-f]++)"
+    rb'(?:[ \t]*+;(?:[\t !#-~\x80-\xff]|"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*+")*+)?'
+).fullmatch
+_MAX_CHUNK_BYTES = 2**63 - 1
+"""What every reader can count."""
 
 
 class Decoder(Protocol):
@@ -81,7 +92,10 @@ class ChunkedDecoder:
 
     __slots__ = ("_line", "_remaining", "_remove", "_state", "done", "trailers")
 
-    _SIZE, _DATA, _DATA_END, _TRAILERS = range(4)
+    _SIZE = 0
+    _DATA = 1
+    _DATA_END = 2
+    _TRAILERS = 3
 
     def __init__(self, remove_trailers: frozenset[bytes]) -> None:
         self._state = self._SIZE
@@ -136,6 +150,8 @@ class ChunkedDecoder:
         if len(digits) > MAX_CHUNK_SIZE_DIGITS:
             raise TooLargeError(f"a chunk size of over {MAX_CHUNK_SIZE_DIGITS} digits")
         self._remaining = int(digits, 16)
+        if self._remaining > _MAX_CHUNK_BYTES:
+            raise TooLargeError("a chunk size of 2^63 or more")
         self._state = self._DATA if self._remaining else self._TRAILERS
 
     def _feed_trailers(self, data: bytes) -> int:
@@ -150,6 +166,8 @@ class ChunkedDecoder:
         if (end or len(text)) > MAX_HEAD_BYTES:
             raise TooLargeError(f"trailers of over {MAX_HEAD_BYTES} bytes")
         if not end:
+            if has_bare_lf(text, before):
+                raise MalformedError("trailers with a bare LF")
             self._line = text
             return len(data)
         self._line = b""

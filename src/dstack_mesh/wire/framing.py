@@ -62,7 +62,8 @@ def request_framing(declared: Framing | None, length: int) -> Framing:
 def response_framing(method: bytes, status: int, declared: Framing | None, length: int) -> Framing:
     """Decide a final or interim response's framing (rules 1, 2, 4, 5, 7 and 8).
 
-    Raises `MalformedError` for a 1xx or 204 that declares a body (RFC 9110 8.6, RFC 9112 6.1).
+    Raises `MalformedError` for a 1xx or 204 that declares a body (RFC 9110 8.6, RFC 9112 6.1),
+    and for a 205 that may have one (RFC 9110 15.3.6).
     """
     if status < 200 or status == 204:
         if declared is Framing.CHUNKED or length:
@@ -70,6 +71,8 @@ def response_framing(method: bytes, status: int, declared: Framing | None, lengt
         return Framing.NONE
     if method == b"HEAD" or status == 304:
         return Framing.NONE
+    if status == 205 and (declared is not Framing.LENGTH or length):
+        raise MalformedError("a 205 response that has, or may have, a body")
     if declared is None:
         return Framing.CLOSE
     if declared is Framing.LENGTH and length == 0:

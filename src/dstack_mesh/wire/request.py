@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from functools import cache
 
 from dstack_mesh.errors import BadRequest, HeaderTooLarge, UriTooLong
 from dstack_mesh.wire.fields import (
     HOP_BY_HOP,
+    NO_LOOKALIKES,
     TOKEN,
     Field,
     MalformedError,
+    NormalForm,
     TooLargeError,
     likeness,
     list_members,
     parse_fields,
     serialise,
+    with_plain_length,
+    without,
 )
 from dstack_mesh.wire.framing import (
     Framing,
@@ -28,22 +32,28 @@ from dstack_mesh.wire.limits import MAX_REQUEST_LINE_BYTES, MAX_REQUEST_TARGET_B
 
 # RFC 9112 section 3: one space between the parts. A fragment is never part of a request target.
 _request_line = re.compile(rb"(" + TOKEN + rb"++) ([!\"$-~]++) HTTP/1\.([01])").fullmatch
-_HOST = rb"[A-Za-z0-9\-._~%!$&'()*+,;=:\[\]]"  # RFC 3986 3.2.2 and 3.2.3, without userinfo
-_absolute_form = re.compile(rb"https?://(" + _HOST + rb"++)([/?].*+)?", re.IGNORECASE).fullmatch
-_valid_host = re.compile(_HOST + rb"*+").fullmatch
+# RFC 3986 3.2.2 and 3.2.3: a name or address, and a port. RFC 9110 4.2.4: no userinfo.
+_HOST = rb"(?:[A-Za-z0-9\-._~%!$&'()*+,;=]++|\[[0-9A-Fa-f:.]++\])(?::[0-9]*+)?"
+_absolute_form = re.compile(rb"https?://(" + _HOST + rb")([/?].*+)?", re.IGNORECASE).fullmatch
+_valid_host = re.compile(rb"(?:" + _HOST + rb")?").fullmatch
 _protocol = re.compile(TOKEN + rb"++(?:/" + TOKEN + rb"++)?").fullmatch  # RFC 9110 7.8
 
 
-class RequestLine(NamedTuple):
-    """The first line of a request (RFC 9112 section 3)."""
+class RequestLine:
+    """The first line of a request (RFC 9112 section 3). Never changed once made."""
 
-    method: bytes
-    target: bytes
-    """In origin-form, or `*`; an absolute-form is turned to origin-form."""
-    minor: int
-    """0 or 1: the digit after `HTTP/1.`."""
-    authority: bytes | None = None
-    """What stood in an absolute-form; it takes the place of `Host` (RFC 9112 3.2.2)."""
+    __slots__ = ("authority", "method", "minor", "target")
+
+    def __init__(
+        self, method: bytes, target: bytes, minor: int, authority: bytes | None = None
+    ) -> None:
+        self.method = method
+        self.target = target
+        """In origin-form, or `*`; an absolute-form is turned to origin-form."""
+        self.minor = minor
+        """0 or 1: the digit after `HTTP/1.`."""
+        self.authority = authority
+        """What stood in an absolute-form; it takes the place of `Host` (RFC 9112 3.2.2)."""
 
 
 class RequestFields:
@@ -55,6 +65,7 @@ class RequestFields:
         "framing",
         "host",
         "length",
+        "nominated",
         "removed",
         "request_id",
         "upgrade",
@@ -71,6 +82,7 @@ class RequestFields:
         upgrade: bytes,
         removed: list[Field],
         request_id: bytes,
+        nominated: frozenset[bytes] = frozenset(),
     ) -> None:
         self.forwarded = forwarded
         """Field lines that go on, in their order, each ended by CRLF."""
@@ -83,6 +95,8 @@ class RequestFields:
         """The protocols asked for, without those the mesh cannot carry; empty for none."""
         self.removed = removed
         """Fields of the `remove` set: lower-cased names and values, in their order."""
+        self.nominated = nominated
+        """Names, by their `likeness`, that `Connection` lists: no trailers of theirs go on."""
         self.request_id = request_id
         """The first `x-request-id`, or empty."""
 
@@ -93,6 +107,20 @@ class RequestFields:
 
 def parse_request_line(line: bytes) -> RequestLine:
     """Parse a request line without its CRLF. Raises `BadRequest` or `UriTooLong`."""
+    if line[-9:] == b" HTTP/1.1" and len(line) < MAX_REQUEST_TARGET_BYTES:
+        # What nearly all are, without the cost of an expression.
+        method, _, rest = line.partition(b" ")
+        target = rest[:-9]
+        if method in _METHODS and target[:1] == b"/" and not target.translate(None, _TARGET_BYTES):
+            return RequestLine(method, target, 1)
+    return _parse_rare_line(line)
+
+
+_METHODS = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH"))
+_TARGET_BYTES = bytes(byte for byte in range(0x21, 0x7F) if byte != 0x23)
+
+
+def _parse_rare_line(line: bytes) -> RequestLine:
     match = _request_line(line)
     if match is None:
         if len(line) > MAX_REQUEST_TARGET_BYTES:
@@ -124,6 +152,20 @@ def _from_absolute_form(method: bytes, target: bytes, minor: int) -> RequestLine
     return RequestLine(method, rest, minor, authority)
 
 
+def check_body(line: RequestLine, fields: RequestFields) -> None:
+    """Refuse a body where readers are known not to look for one. Raises `BadRequest`."""
+    if fields.framing is Framing.NONE:
+        return
+    if line.method == b"TRACE":
+        raise BadRequest("a TRACE request with a body (RFC 9110 9.3.8)")
+    if line.minor == 0 and line.method in _NO_BODY_IN_1_0:
+        method = line.method.decode("ascii")
+        raise BadRequest(f"a {method} request with a body in HTTP/1.0")
+
+
+_NO_BODY_IN_1_0 = frozenset((b"DELETE", b"GET", b"HEAD"))
+
+
 def parse_request_fields(
     block: bytes, minor: int, remove: frozenset[bytes], authority: bytes | None = None
 ) -> RequestFields:
@@ -133,7 +175,11 @@ def parse_request_fields(
     `authority`, where given, takes the place of `Host`. Raises `BadRequest`, `HeaderTooLarge`.
     """
     try:
-        return _understand(parse_fields(block), minor, remove, authority)
+        found = _normal_form(remove).special_fields(block)
+        if found is not None:
+            return _understand(found, block, minor, remove, authority)
+        fields = parse_fields(block)
+        return _understand(fields, serialise(fields), minor, remove, authority)
     except TooLargeError as error:
         raise HeaderTooLarge(f"the head has {error}") from error
     except MalformedError as error:
@@ -141,40 +187,49 @@ def parse_request_fields(
 
 
 def _understand(
-    fields: list[Field], minor: int, remove: frozenset[bytes], authority: bytes | None
+    fields: list[Field],
+    normal: bytes,
+    minor: int,
+    remove: frozenset[bytes],
+    authority: bytes | None,
 ) -> RequestFields:
-    singles: dict[bytes, list[bytes]] = {name: [] for name in _READ}
-    kept: list[Field] = []
+    """Decide by `fields`; those that only pass may be left out. `normal` has them all."""
+    read: dict[bytes, list[bytes]] = {}
     removed: list[Field] = []
+    dropped: list[Field] = []
     for field in fields:
-        lower = field[0].lower()
-        alike = likeness(lower)
+        name, value = field
+        lower, alike = name.lower(), likeness(name)
         if alike in remove:
-            removed.append((lower, field[1]))
-            continue
-        values = singles.get(lower)
-        if values is not None:
-            values.append(field[1])
-        elif alike in _NO_LOOKALIKES:
+            removed.append((lower, value))
+            dropped.append(field)
+        elif lower in _READ:
+            read.setdefault(lower, []).append(value)
+            if lower in HOP_BY_HOP:
+                dropped.append(field)
+        elif alike in NO_LOOKALIKES:
             raise MalformedError(f"a field that some readers take for `{alike.decode('ascii')}`")
-        if lower not in HOP_BY_HOP:
-            kept.append(field)
-    options = connection_options(singles[b"connection"])
+    options = connection_options(read.get(b"connection", []))
     declared, length = declared_framing(
-        singles[b"content-length"], singles[b"transfer-encoding"], minor
+        read.get(b"content-length", []), read.get(b"transfer-encoding", []), minor
     )
-    upgrade = _upgrade(singles[b"upgrade"], options, minor)
+    upgrade = _upgrade(read.get(b"upgrade", []), options, minor)
     nominated = options - _READ_OPTIONS
     if nominated:
-        kept = [field for field in kept if field[0].lower() not in nominated]
-    host = _host(singles[b"host"], minor)
+        dropped += [field for field in parse_fields(normal) if field[0].lower() in nominated]
+    host = _host(read.get(b"host", []), minor)
     if authority is not None:
         host = authority
-        kept = _with_authority(kept, authority)
-    forwarded = serialise(kept) + _connection_lines(
-        declared is Framing.CHUNKED, singles[b"te"], upgrade
-    )
-    ids = singles[b"x-request-id"]
+        dropped += [field for field in fields if field[0].lower() == b"host"]
+    forwarded = without(normal, dropped) if dropped else normal
+    if declared is Framing.LENGTH:
+        forwarded = with_plain_length(forwarded, read[b"content-length"][0], length)
+    if authority is not None:
+        forwarded = b"Host: %b\r\n%b" % (authority, forwarded)
+    chunked = declared is Framing.CHUNKED
+    if chunked or upgrade or b"te" in read:
+        forwarded += _connection_lines(chunked, read.get(b"te", []), upgrade)
+    ids = read.get(b"x-request-id")
     return RequestFields(
         forwarded=forwarded,
         framing=request_framing(declared, length),
@@ -184,25 +239,29 @@ def _understand(
         upgrade=upgrade,
         removed=removed,
         request_id=ids[0] if ids else b"",
+        nominated=frozenset(map(likeness, nominated)),
     )
 
 
-_READ = (
-    b"connection",
-    b"content-length",
-    b"host",
-    b"keep-alive",
-    b"proxy-connection",
-    b"te",
-    b"transfer-encoding",
-    b"upgrade",
-    b"x-request-id",
+@cache
+def _normal_form(remove: frozenset[bytes]) -> NormalForm:
+    return NormalForm(_READ | NO_LOOKALIKES | remove)
+
+
+_READ = frozenset(
+    (
+        b"connection",
+        b"content-length",
+        b"host",
+        b"keep-alive",
+        b"proxy-connection",
+        b"te",
+        b"transfer-encoding",
+        b"upgrade",
+        b"x-request-id",
+    )
 )
 _READ_OPTIONS = frozenset((b"close",)) | HOP_BY_HOP
-
-
-_NO_LOOKALIKES = frozenset((b"content-length", b"host", b"transfer-encoding"))
-"""Fields whose look-alikes (`content_length`) would be a second opinion on the message."""
 
 
 def _host(values: list[bytes], minor: int) -> bytes | None:
@@ -215,13 +274,7 @@ def _host(values: list[bytes], minor: int) -> bytes | None:
     return values[0] if values else None
 
 
-def _with_authority(kept: list[Field], authority: bytes) -> list[Field]:
-    """Let the absolute-form's authority take `Host`'s place (RFC 9112 3.2.2)."""
-    others = [field for field in kept if field[0].lower() != b"host"]
-    return [(b"Host", authority), *others]
-
-
-_NEVER_ASKED_FOR = (b"h2", b"h3", b"http/", b"tls/")
+_NEVER_ASKED_FOR = frozenset((b"h2", b"h2c", b"h3", b"http", b"tls"))
 
 
 def _upgrade(values: list[bytes], options: frozenset[bytes], minor: int) -> bytes:
@@ -233,7 +286,12 @@ def _upgrade(values: list[bytes], options: frozenset[bytes], minor: int) -> byte
         return b""
     offered = [p.strip(b" \t") for value in values for p in value.split(b",")]
     return b", ".join(
-        [p for p in offered if _protocol(p) and not p.lower().startswith(_NEVER_ASKED_FOR)]
+        [
+            protocol
+            for protocol in offered
+            if _protocol(protocol)
+            and protocol.lower().partition(b"/")[0].partition(b"-")[0] not in _NEVER_ASKED_FOR
+        ]
     )
 
 

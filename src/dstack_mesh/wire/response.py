@@ -7,12 +7,14 @@ import re
 from dstack_mesh.errors import UpstreamProtocolError
 from dstack_mesh.wire.fields import (
     HOP_BY_HOP,
+    NO_LOOKALIKES,
     Field,
     MalformedError,
     likeness,
     list_members,
     parse_fields,
     serialise,
+    with_plain_length,
 )
 from dstack_mesh.wire.framing import (
     Framing,
@@ -41,7 +43,7 @@ class StatusLine:
 class ResponseFields:
     """What a response's field lines say, whatever its status is. Never changed once made."""
 
-    __slots__ = ("_options", "declared", "forwarded", "length", "removed", "upgrade")
+    __slots__ = ("_options", "declared", "forwarded", "length", "nominated", "removed", "upgrade")
 
     def __init__(
         self,
@@ -52,12 +54,15 @@ class ResponseFields:
         options: frozenset[bytes],
         upgrade: bytes,
         removed: list[Field],
+        nominated: frozenset[bytes] = frozenset(),
     ) -> None:
         self.forwarded = forwarded
         """Field lines that go on, in their order, without `Transfer-Encoding`."""
         self.declared = declared
         self.length = length
         self._options = options
+        self.nominated = nominated
+        """Names, by their `likeness`, that `Connection` lists: no trailers of theirs go on."""
         self.upgrade = upgrade
         """The protocol that a 101 switches to; empty for none."""
         self.removed = removed
@@ -99,12 +104,15 @@ def _understand(fields: list[Field], minor: int, remove: frozenset[bytes]) -> Re
     removed: list[Field] = []
     for field in fields:
         lower = field[0].lower()
-        if likeness(lower) in remove:
+        alike = likeness(lower)
+        if alike in remove:
             removed.append((lower, field[1]))
             continue
         values = singles.get(lower)
         if values is not None:
             values.append(field[1])
+        elif alike in NO_LOOKALIKES:
+            raise MalformedError(f"a field that some readers take for `{alike.decode('ascii')}`")
         if lower not in HOP_BY_HOP:
             kept.append(field)
     options = connection_options(singles[b"connection"])
@@ -115,13 +123,17 @@ def _understand(fields: list[Field], minor: int, remove: frozenset[bytes]) -> Re
     if nominated:
         kept = [field for field in kept if field[0].lower() not in nominated]
     upgrade = b", ".join(singles[b"upgrade"]) if b"upgrade" in options else b""
+    forwarded = serialise(kept)
+    if declared is Framing.LENGTH:
+        forwarded = with_plain_length(forwarded, singles[b"content-length"][0], length)
     return ResponseFields(
-        forwarded=serialise(kept),
+        forwarded=forwarded,
         declared=declared,
         length=length,
         options=options,
         upgrade=upgrade,
         removed=removed,
+        nominated=frozenset(map(likeness, nominated)),
     )
 
 

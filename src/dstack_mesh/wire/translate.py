@@ -5,7 +5,15 @@ from __future__ import annotations
 import re
 
 from dstack_mesh.errors import UpstreamProtocolError
-from dstack_mesh.wire.body import Bytes, CloseDecoder, Decoder, chunk, decoder, last_chunk
+from dstack_mesh.wire.body import (
+    Bytes,
+    CloseDecoder,
+    Decoder,
+    LengthDecoder,
+    chunk,
+    decoder,
+    last_chunk,
+)
 from dstack_mesh.wire.fields import MalformedError, has_bare_lf
 from dstack_mesh.wire.framing import Framing, response_framing
 from dstack_mesh.wire.limits import MAX_HEAD_BYTES, MAX_INTERIM_RESPONSES
@@ -26,7 +34,9 @@ class RequestBody:
     __slots__ = ("_chunked", "_decoder")
 
     def __init__(self, fields: RequestFields, remove_trailers: frozenset[bytes]) -> None:
-        self._decoder: Decoder = decoder(fields.framing, fields.length, remove_trailers)
+        self._decoder: Decoder = decoder(
+            fields.framing, fields.length, remove_trailers | fields.nominated
+        )
         self._chunked = fields.framing is Framing.CHUNKED
 
     @property
@@ -55,6 +65,23 @@ def behind_body(fields: RequestFields, data: Bytes) -> bytes | None:
     return bytes(data[taken:]) if body.done else None
 
 
+class ResponseHead:
+    """What a response's head says, and what of it goes on. Never changed once made."""
+
+    __slots__ = ("fields", "keeps", "line", "plain")
+
+    def __init__(self, line: StatusLine, fields: ResponseFields) -> None:
+        self.line = line
+        self.fields = fields
+        self.keeps = fields.persists(line.minor)
+        """Whether the server keeps its connection open."""
+        self.plain = b""
+        """The head that goes on where the body's length is declared and nothing is to be added."""
+        may_have_body = line.status >= 200 and line.status not in (204, 205, 304)
+        if may_have_body and fields.declared is Framing.LENGTH:
+            self.plain = b"HTTP/1.1 %b\r\n%b\r\n" % (line.rest, fields.forwarded)
+
+
 class ResponseRules:
     """What becomes of response fields in one direction: names to take out, and one to mark."""
 
@@ -64,23 +91,21 @@ class ResponseRules:
         """`remote_errors`: keep another mesh's error header, marked as such, or take it out."""
         self._remote_errors = remote_errors
         self.remove = frozenset((b"x-dstack-mesh-error",))
-        self._memo: BlockMemo[ResponseFields] = BlockMemo(self._parse)
+        self._memo: BlockMemo[ResponseHead] = BlockMemo(self._parse)
 
-    def parse(self, block: bytes, minor: int) -> ResponseFields:
-        """Parse a response's field lines. Raises `UpstreamProtocolError`."""
-        if minor:
-            return self._memo.get(block)
-        return self._mark(parse_response_fields(block, 0, self.remove))
+    def head(self, text: bytes) -> ResponseHead:
+        """Parse a head, blank line included. Raises `UpstreamProtocolError`."""
+        return self._memo.get(text)
 
-    def _parse(self, block: bytes) -> ResponseFields:
-        return self._mark(parse_response_fields(block, 1, self.remove))
-
-    def _mark(self, fields: ResponseFields) -> ResponseFields:
+    def _parse(self, text: bytes) -> ResponseHead:
+        eol = text.find(b"\r\n")
+        line = parse_status_line(text[:eol])
+        fields = parse_response_fields(text[eol + 2 : -2], line.minor, self.remove)
         if self._remote_errors:
             for name, value in fields.removed:
-                if name == b"x-dstack-mesh-error":
+                if name == b"x-dstack-mesh-error" and _is_error_code(value):
                     fields.forwarded += b"x-dstack-mesh-error: %b; remote\r\n" % value
-        return fields
+        return ResponseHead(line, fields)
 
 
 class Response:
@@ -136,14 +161,15 @@ class Response:
         while (end := text.find(b"\r\n\r\n", max(0, seen - 3))) >= 0:
             if end + 4 > MAX_HEAD_BYTES:
                 raise UpstreamProtocolError(_HEAD_TOO_LARGE)
-            eol = text.find(b"\r\n")
-            line = parse_status_line(text[:eol])
-            fields = self._rules.parse(text[eol + 2 : end + 2], line.minor)
+            head = self._rules.head(text[: end + 4])
             text = text[end + 4 :]
+            if head.plain and self._client_minor and self.keep_client and self._method != b"HEAD":
+                return out + self._plain(head, text)
             seen = 0
+            line, fields = head.line, head.fields
             if line.status >= 200:
                 self._partial = b""
-                return out + self._final(line, fields, text)
+                return out + self._final(head, text)
             if line.status == 101:
                 self._partial = b""
                 return out + self._switch(line, fields) + text
@@ -179,6 +205,8 @@ class Response:
 
     def _switch(self, line: StatusLine, fields: ResponseFields) -> bytes:
         _checked_framing(self._method, line, fields)
+        if line.minor == 0:
+            raise UpstreamProtocolError("the response switches protocols in HTTP/1.0")
         if not switches_to(self._offered, fields.upgrade):
             raise UpstreamProtocolError(
                 "the response switches to a protocol that was not asked for"
@@ -191,10 +219,26 @@ class Response:
             fields.upgrade,
         )
 
-    def _final(self, line: StatusLine, fields: ResponseFields, rest: bytes) -> bytes:
+    def _plain(self, head: ResponseHead, rest: bytes) -> bytes:
+        """Let an ordinary final response go on."""
+        self._partial = b""
+        self.status = head.line.status
+        self.keep_upstream = head.keeps
+        length = head.fields.length
+        if len(rest) == length:
+            self.done = True
+            return head.plain + rest
+        if length == 0:
+            self._end(excess=True)
+            return head.plain
+        self._decoder = LengthDecoder(length)
+        return head.plain + self._body(rest, self._decoder) if rest else head.plain
+
+    def _final(self, head: ResponseHead, rest: bytes) -> bytes:
+        line, fields = head.line, head.fields
         framing = _checked_framing(self._method, line, fields)
         self.status = line.status
-        self.keep_upstream = framing is not Framing.CLOSE and fields.persists(line.minor)
+        self.keep_upstream = framing is not Framing.CLOSE and head.keeps
         own = b""
         if framing >= Framing.CHUNKED:
             self._rechunk = self._client_minor == 1
@@ -209,15 +253,12 @@ class Response:
         elif self._client_minor == 0:
             own += b"Connection: keep-alive\r\n"
         forwarded = _without_length(fields) if line.status == 204 else fields.forwarded
-        head = b"HTTP/1.1 %b\r\n%b%b\r\n" % (line.rest, forwarded, own)
+        out = b"HTTP/1.1 %b\r\n%b%b\r\n" % (line.rest, forwarded, own)
         if framing is Framing.NONE:
             self._end(excess=bool(rest))
-            return head
-        if framing is Framing.LENGTH and len(rest) == fields.length:
-            self._end(excess=False)
-            return head + rest
-        self._decoder = decoder(framing, fields.length, self._rules.remove)
-        return head + self._body(rest, self._decoder) if rest else head
+            return out
+        self._decoder = decoder(framing, fields.length, self._rules.remove | fields.nominated)
+        return out + self._body(rest, self._decoder) if rest else out
 
     def _body(self, data: Bytes, body: Decoder) -> bytes:
         try:
@@ -255,4 +296,5 @@ def _without_length(fields: ResponseFields) -> bytes:
 
 
 _content_length = re.compile(rb"^content-length:[^\n]*+\n", re.IGNORECASE | re.MULTILINE).sub
+_is_error_code = re.compile(rb"[a-z_]++").fullmatch
 _HEAD_TOO_LARGE = f"the response's head is over {MAX_HEAD_BYTES} bytes"
