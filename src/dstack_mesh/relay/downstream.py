@@ -96,9 +96,13 @@ class Downstream(Generic[P]):
         """Let a client that has only finished sending get its answer (plain TCP)."""
         self._saw_eof = True
         exchange = self._exchange
-        if exchange is None or not exchange.request_done or self._tunnel:
+        if exchange is None or self._tunnel:
             return False
-        return self.transport.can_write_eof()  # TLS has no half-close here
+        if exchange.request_done and self.transport.can_write_eof():  # TLS has no half-close here
+            return True
+        if exchange.status:
+            self.cut()  # a response that has begun ends here, and must not look whole
+        return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of the exchange."""
