@@ -100,7 +100,9 @@ class Stage:
         """Give the marks of the request that the server now answers: the last it has got."""
         received = served.end.received
         if served.switched:
-            return b"".join(sorted(marks(received)))
+            # Of the request that switched, and of what came behind it; not of those before.
+            before = sum(served.requests().sizes[:-1])
+            return b"".join(sorted(marks(received[before:])))
         messages = served.requests().messages
         return marks_in(messages[-1]) if messages else b""
 

@@ -221,7 +221,7 @@ class Play:
         elif action == "garbage":
             server.to_send = server.to_send[: size // 2] + b"\0\r\n\r\n"
         elif action == "excess" and server.to_send:  # in one read with an answer's end
-            server.end.sends(server.to_send + server.to_send[-size % 1000 :])
+            server.end.sends(2 * server.to_send)
             server.to_send = b""
         elif action == "break":
             server.end.breaks()
