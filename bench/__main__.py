@@ -7,9 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-from bench import small_get, startup
+from bench import hostile, small_get, startup
 
-PARTS = {"startup": startup.run, "small-get": small_get.run}
+PARTS = {"startup": startup.run, "small-get": small_get.run, "hostile": hostile.run}
 
 
 def main() -> int:

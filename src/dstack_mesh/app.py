@@ -41,6 +41,7 @@ _TLS_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 def run(loaded: Loaded, ready_file: Path | None) -> int:
     """Run one sidecar until it is told to end; give the process's exit status."""
+    lifecycle.allow_many_files()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_main(loaded.settings, ready_file))

@@ -6,12 +6,20 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 from collections.abc import Mapping
 from pathlib import Path
 
 _EXIT_STATUS = {signal.SIGTERM: 0, signal.SIGINT: 130}
 _EXIT_STATUS_AT_ONCE = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit on open files to what it may have: each connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Signals:

@@ -156,14 +156,42 @@ async def test_the_limit_closes_before_tls() -> None:
         await rig.hello()
 
 
-async def test_handshakes_count_towards_the_limit() -> None:
-    async with listening(max_connections=2) as rig, contextlib.AsyncExitStack() as stack:
-        for _ in range(2):
-            await stack.enter_async_context(Client.connect(rig.address))
+async def test_the_oldest_handshake_gives_way() -> None:
+    async with listening(max_connections=2, head=60.0) as rig, contextlib.AsyncExitStack() as stack:
+        silent = [await stack.enter_async_context(Client.connect(rig.address)) for _ in range(2)]
         await eventually(lambda: len(rig.listener._handshakes) == 2)
-        async with Client.connect(rig.address) as third:
-            assert await closed(third) == b""
-        assert len(rig.terminator.snapshots) == 2
+        await rig.hello()
+        assert await closed(silent[0]) == b""
+        assert len(rig.listener._handshakes) == 1, "the younger one has its time still"
+        assert rig.handshakes == ["failed", "ok"]
+
+
+async def test_handshakes_and_connections_together_keep_the_limit() -> None:
+    async with listening(max_connections=2, head=60.0) as rig, contextlib.AsyncExitStack() as stack:
+        kept = await stack.enter_async_context(Client.connect(rig.address, CALLER))
+        await kept.send(request())
+        assert (await kept.answer()).status == 200
+        silent = await stack.enter_async_context(Client.connect(rig.address))
+        await eventually(lambda: len(rig.listener._handshakes) == 1)
+        await rig.hello()
+        assert await closed(silent) == b""
+        await kept.send(request())
+        assert (await kept.answer()).status == 200, "a connection never gives way"
+
+
+async def test_handshakes_have_a_limit_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_HANDSHAKES", 3)
+    async with (
+        listening(head=60.0) as rig,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        silent = [await stack.enter_async_context(Client.connect(rig.address)) for _ in range(3)]
+        await eventually(lambda: len(rig.listener._handshakes) == 3)
+        assert rig.handshakes == [], "three are within it"
+        silent.append(await stack.enter_async_context(Client.connect(rig.address)))
+        assert await closed(silent[0]) == b""
+        assert len(rig.listener._handshakes) == 3
+        await rig.hello()
 
 
 async def test_without_an_identity_nobody_is_let_in() -> None:
@@ -247,12 +275,14 @@ async def test_without_descriptors_accepting_pauses(
     monkeypatch.setattr(module, "_ACCEPT_PAUSE", 0.05)
     rig = Rig()
     rig.loop.failures = [OSError(errno.EMFILE, "Too many open files") for _ in range(3)]
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         rig.listener.start(rig.sock)
         await rig.hello()
     failed = [one for one in caplog.records if one.getMessage() == "accept_failed"]
-    assert len(failed) == 3
-    assert "Too many open files" in failed[0].fields["error"]
+    assert len(failed) == 1, "said once, however long it lasts"
+    assert "Too many open files; raise the limit" in failed[0].fields["error"]
+    again = [one for one in caplog.records if one.getMessage() == "accepting_again"]
+    assert [one.fields for one in again] == [{"failures": 3}]
     gaps = [b - a for a, b in zip(rig.loop.asked[:3], rig.loop.asked[1:4], strict=True)]
     assert all(gap >= 0.045 for gap in gaps), "a loop that does not pause eats a whole core"
     await rig.listener.stop()

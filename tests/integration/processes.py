@@ -53,6 +53,12 @@ class SidecarProcess:
         async with asyncio.timeout(_STOP_SECONDS):
             return await self.process.wait()
 
+    def cpu_seconds(self) -> float:
+        """Give the processor time it has taken so far."""
+        text = Path(f"/proc/{self.process.pid}/stat").read_text()
+        fields = text.rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def memory(self) -> tuple[int, int]:
         """Give resident bytes: now, and the most there have been."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -66,14 +72,18 @@ class SidecarProcess:
 
 @contextlib.asynccontextmanager
 async def sidecar_process(
-    directory: Path, environ: Mapping[str, str]
+    directory: Path, environ: Mapping[str, str], *, open_files: int | None = None
 ) -> AsyncIterator[SidecarProcess]:
-    """Run a sidecar for the block, from when it is ready; `directory` gets its log."""
+    """Run a sidecar for the block, from when it is ready; `directory` gets its log.
+
+    `open_files` is the most that it may have open.
+    """
+    limit = () if open_files is None else ("prlimit", f"--nofile={open_files}:{open_files}")
     ready = directory / "ready.json"
     log = directory / "log.jsonl"
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            *(*COMMAND, "run", "--ready-file", str(ready)),
+            *(*limit, *COMMAND, "run", "--ready-file", str(ready)),
             env={**clean_environ(), **environ},
             stderr=output,
             stdout=output,

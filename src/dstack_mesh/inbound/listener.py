@@ -7,6 +7,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable
+from errno import EMFILE
 
 from dstack_mesh.identity.store import IdentityStore, Snapshot
 from dstack_mesh.identity.tls import accept_tls, describe_tls_failure
@@ -20,8 +21,16 @@ _ACCEPT_PAUSE = 0.2
 """Seconds without accepting after the system had no descriptor left for another connection."""
 
 
+MAX_HANDSHAKES = 512
+"""Handshakes in progress. An honest one takes milliseconds, a silent one the whole time limit."""
+
+
 class TlsListener:
-    """Accepts on one socket, each handshake in a task of its own until it is done."""
+    """Accepts on one socket, each handshake in a task of its own until it is done.
+
+    Where there is no room for another handshake, the oldest in progress gives way (ADR 5): callers
+    that never finish theirs cannot keep others out, and cost a bounded amount of memory.
+    """
 
     def __init__(
         self,
@@ -37,7 +46,10 @@ class TlsListener:
         self._terminator = terminator
         self._identity = identity
         self._max_connections = max_connections
-        self._handshakes: set[asyncio.Task[None]] = set()
+        self._max_handshakes = min(MAX_HANDSHAKES, max_connections)
+        # In their order of age.
+        self._handshakes: dict[asyncio.Task[None], None] = {}
+        self._failures = 0
         self._accepting: asyncio.Task[None] | None = None
 
     def start(self, sock: socket.socket) -> None:
@@ -53,7 +65,7 @@ class TlsListener:
 
     def abort(self) -> None:
         """Give up the handshakes in progress."""
-        for task in self._handshakes:
+        for task in list(self._handshakes):
             task.cancel()
 
     async def _accept(self, sock: socket.socket) -> None:
@@ -62,17 +74,38 @@ class TlsListener:
             try:
                 accepted, _ = await loop.sock_accept(sock)
             except OSError as error:
-                event(log, logging.WARNING, "accept_failed", error=str(error))
+                self._accept_failed(error)
                 await asyncio.sleep(_ACCEPT_PAUSE)
                 continue
+            if self._failures:
+                event(log, logging.INFO, "accepting_again", failures=self._failures)
+                self._failures = 0
             snapshot = self._identity.current
-            open_now = len(self._service.connections) + len(self._handshakes)
-            if snapshot is None or open_now >= self._max_connections:
+            if snapshot is None or not self._has_room():
                 accepted.close()
                 continue
             task = loop.create_task(self._serve(accepted, snapshot))
-            self._handshakes.add(task)
-            task.add_done_callback(self._handshakes.discard)
+            self._handshakes[task] = None
+            task.add_done_callback(lambda done: self._handshakes.pop(done, None))
+
+    def _accept_failed(self, error: OSError) -> None:
+        """Say so once, not five times a second for as long as it lasts."""
+        self._failures += 1
+        if self._failures == 1:
+            hint = "; raise the limit on open files (ulimit -n)" if error.errno == EMFILE else ""
+            event(log, logging.WARNING, "accept_failed", error=f"{error}{hint}")
+
+    def _has_room(self) -> bool:
+        """Tell whether one more may be let in; the oldest handshake may have to give way."""
+        connections, handshakes = len(self._service.connections), len(self._handshakes)
+        if connections >= self._max_connections:
+            return False
+        most = min(self._max_handshakes, self._max_connections - connections)
+        if handshakes >= most:
+            oldest = next(iter(self._handshakes))
+            del self._handshakes[oldest]
+            oldest.cancel()
+        return True
 
     async def _serve(self, accepted: socket.socket, snapshot: Snapshot) -> None:
         worker = self._service.worker
@@ -85,6 +118,9 @@ class TlsListener:
                 snapshot.server_context,
                 worker.timeouts.head,
             )
+        except asyncio.CancelledError:
+            self._count_handshake("failed")
+            raise
         except (OSError, ssl.SSLError, TimeoutError) as error:
             self._count_handshake("failed")
             event(
