@@ -70,7 +70,9 @@ def test_every_link_within_the_repository_leads_somewhere(document: Path) -> Non
 
 
 def test_a_path_that_is_not_there_is_seen() -> None:
-    text = "`tests/test_docs.py`, `wire/body.py`, `tests/`, `wire/gone.py`, `docs/gone.md` `a/b` `docs/NAME`"
+    text = (
+        "`tests/test_docs.py` `wire/body.py` `tests/` `wire/gone.py` `docs/gone.md` `a/b` `docs/X`"
+    )
     assert list(paths(text)) == [
         "tests/test_docs.py",
         "wire/body.py",

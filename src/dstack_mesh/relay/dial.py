@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import Callable
@@ -96,7 +97,10 @@ def reason(error: BaseException) -> str:
     if isinstance(error, socket.gaierror):
         return f"the name does not resolve ({error.strerror})"
     if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)  # event loops put the address into `strerror`
+        text = os.strerror(error.errno)  # event loops put the address into `strerror`
+        if error.errno == errno.EMFILE:
+            text += ": this process may open no more; raise the limit (ulimit -n)"
+        return text
     return str(error) or type(error).__name__
 
 
