@@ -290,3 +290,22 @@ async def test_without_descriptors_accepting_pauses(
     await eventually(lambda: not rig.service.connections)
     rig.worker.close()
     rig.sock.close()
+
+
+async def test_a_full_backlog_is_not_taken_in_one_turn() -> None:
+    rig = Rig(max_connections=100)
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(20):
+            await stack.enter_async_context(Client.connect(rig.address))
+        rig.listener.start(rig.sock)
+        most, before = 0, 0
+        while before < 20:
+            await asyncio.sleep(0)
+            now = len(rig.listener._handshakes)
+            most, before = max(most, now - before), now
+        assert most <= 2, "others had their turns in between"
+        await rig.listener.stop()
+        rig.listener.abort()
+        await eventually(lambda: not rig.listener._handshakes)
+    rig.worker.close()
+    rig.sock.close()

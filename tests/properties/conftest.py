@@ -14,7 +14,7 @@ _PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shri
 # A run of the short profile is the same each time, so that it fails for a change and not by chance.
 settings.register_profile(
     "short",
-    max_examples=100,
+    max_examples=40,
     derandomize=True,
     deadline=None,
     phases=_PHASES,
@@ -22,7 +22,7 @@ settings.register_profile(
 )
 settings.register_profile(
     "long",
-    max_examples=int(os.environ.get("N", "5000")),
+    max_examples=5_000,
     deadline=None,
     phases=_PHASES,
     suppress_health_check=_NO_TIME_LIMITS,

@@ -196,7 +196,7 @@ def requests(
     if draw(st.sampled_from([False, False, False, True])):
         target = b"http://Other.example" + target
     verb = draw(verbs)
-    if minor == 0 and body and verb in (b"GET", b"HEAD", b"DELETE"):
+    if minor == 0 and body and verb in (b"GET", b"HEAD", b"DELETE", b"OPTIONS"):
         verb = b"POST"  # the others may have none in HTTP/1.0
     first = b"%b %b HTTP/1.%d" % (verb, target, minor)
     return Message(first, tuple(all_fields), body, chunked)

@@ -157,7 +157,7 @@ def echo(request: Read) -> bytes:
     """Answer with what was asked."""
     method, target = request.first
     body = b"" if method == b"HEAD" else b"%b %b" % (target, request.body)
-    size = len(target) + 1 + len(request.body)  # type: ignore[arg-type]
+    size = len(target) + 1 + len(request.body)
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (size, body)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 
 import pytest
@@ -124,3 +125,19 @@ def test_heads_and_bodies_of_any_bytes(data: bytes, minor: int) -> None:
             check()
     assert len(find_request_id(data)) <= 200
     assert agent_path(line).count(b"/") == line.count(b"/")
+
+
+@given(
+    st.text('0019afAFgGxX_+-. ;=\t\r\v"\xe9', max_size=20).map(lambda text: text.encode("latin-1"))
+)
+def test_a_chunk_line_is_a_size_and_extensions_or_refused(line: bytes) -> None:
+    decoder = ChunkedDecoder(frozenset())
+    valid = re.fullmatch(rb"([0-9a-fA-F]{1,16})([ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?", line)
+    try:
+        decoder.feed(line + b"\r\n\r\n")
+    except MalformedError:
+        # A zero size ends the body there; any other wants its bytes, and two of them are there.
+        assert not valid or int(valid[1], 16) in (1, 2)
+    else:
+        assert valid
+        assert decoder.done == (int(valid[1], 16) == 0)

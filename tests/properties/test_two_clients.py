@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.memory_mesh import (
     TARGET_LINE,
@@ -27,7 +27,19 @@ _TAG = re.compile(rb"tag-[0-9]r[0-9]+;")
 
 SMOOTH = ("exchange", "exchange", "exchange", "exchange", "send", "send", "verify", "answer", "new")
 ROUGH = (
-    *("early", "early", "early answer", "excess", "excess", "garbage", "break", "end", "refuse"),
+    *(
+        "cut short",
+        "cut short",
+        "early",
+        "early",
+        "early answer",
+        "excess",
+        "excess",
+        "garbage",
+        "break",
+        "end",
+        "refuse",
+    ),
     *("leave", "finish", "stall", "flow", "flow", "wait"),
 )
 KINDS = ("get", "length", "chunked", "expect", "bad body")
@@ -160,6 +172,11 @@ class Play:
             self._exchange(client, "get" if kind == "bad body" else kind, "answer")
         elif action == "excess":
             self._exchange(client, "get", "excess")
+        elif action == "cut short":
+            self._begin(client, "get", EVERYTHING)
+            for server in [one for one in self.servers if one.to_send]:
+                self._serve(server, "answer", 1 + size % 10)
+                self._serve(server, "break", 0)
         elif action == "early":
             self._begin(client, "length", 160)
             self._serve_all("early answer", size)
@@ -248,6 +265,7 @@ STEPS = st.lists(
 
 
 @pytest.mark.parametrize("make", [OutboundMesh, InboundMesh])
+@settings(max_examples=3 * settings().max_examples)
 @given(STEPS)
 def test_nothing_of_one_client_is_ever_seen_by_another(
     make: Callable[[], MemoryMesh], steps: list[tuple[str, int, int]]

@@ -189,6 +189,10 @@ def test_a_connection_lost(unavailable: type[MeshError] | None, kind: type[MeshE
     [
         (socket.gaierror(-2, "unknown"), "the name does not resolve (unknown)"),
         (OSError(113, "No route to host"), "No route to host"),
+        (
+            OSError(24, "x"),
+            "Too many open files: this process may open no more; raise the limit (ulimit -n)",
+        ),
         (OSError("x.test has no address"), "x.test has no address"),
         (OSError(), "OSError"),
         (ValueError("bad"), "bad"),

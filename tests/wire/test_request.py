@@ -351,6 +351,7 @@ def test_an_independent_reader_understands_what_goes_on(
         (b"GET / HTTP/1.0", "GET request with a body in HTTP/1.0"),
         (b"HEAD / HTTP/1.0", "HEAD request with a body in HTTP/1.0"),
         (b"DELETE / HTTP/1.0", "DELETE request with a body in HTTP/1.0"),
+        (b"OPTIONS / HTTP/1.0", "OPTIONS request with a body in HTTP/1.0"),
     ],
 )
 def test_bodies_that_readers_do_not_look_for(line: bytes, said: str) -> None:

@@ -87,6 +87,9 @@ class TlsListener:
             task = loop.create_task(self._serve(accepted, snapshot))
             self._handshakes[task] = None
             task.add_done_callback(lambda done: self._handshakes.pop(done, None))
+            # A full backlog would otherwise be taken in one go, while everybody else waits; and a
+            # task that is cancelled before it has begun closes nothing.
+            await asyncio.sleep(0)
 
     def _accept_failed(self, error: OSError) -> None:
         """Say so once, not five times a second for as long as it lasts."""

@@ -163,7 +163,7 @@ def check_body(line: RequestLine, fields: RequestFields) -> None:
         raise BadRequest(f"a {method} request with a body in HTTP/1.0")
 
 
-_NO_BODY_IN_1_0 = frozenset((b"DELETE", b"GET", b"HEAD"))
+_NO_BODY_IN_1_0 = frozenset((b"DELETE", b"GET", b"HEAD", b"OPTIONS"))
 
 
 def parse_request_fields(
