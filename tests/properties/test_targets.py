@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.memory_mesh import TARGET, OutboundMesh
 from tests.properties.messages import damages, splits
@@ -92,7 +92,10 @@ MIXED = (
 VALUES = st.lists(MIXED, max_size=2)
 
 
+@settings(max_examples=5 * settings().max_examples)  # nothing here takes time
 @given(st.just([APP]) | st.just([APP, APP.upper()]) | VALUES, VALUES, st.just([]) | VALUES)
+@example([APP], [b"0443"], [])
+@example([APP + b"\n"], [], [])
 def test_any_values_with_any_default_port(
     apps: list[bytes], ports: list[bytes], instances: list[bytes]
 ) -> None:

@@ -19,9 +19,9 @@ _WHITE_SPACE = b" \t\r\n"
 _LINE_CHARACTERS = 64
 
 # Possessive: a hostile value must not make the matcher backtrack.
-_escaped_part = re.compile(rb"(?:[A-Za-z0-9\-._~]|%[0-9A-Fa-f]{2})*+").match
+_escaped_part = re.compile(rb"(?:[A-Za-z0-9\-._~]|%[0-9A-Fa-f]{2})*").match
 _base64_lines = re.compile(
-    rb"\r?\n(?:[A-Za-z0-9+/]{64}\r?\n)*+(?:[A-Za-z0-9+/=]{1,64}\r?\n)?+"
+    rb"\r?\n(?:[A-Za-z0-9+/]{64}\r?\n)*(?:[A-Za-z0-9+/=]{1,64}\r?\n)?"
 ).fullmatch
 
 _SEQUENCE = 0x30

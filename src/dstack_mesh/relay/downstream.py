@@ -25,7 +25,7 @@ from dstack_mesh.wire.limits import (
 from dstack_mesh.wire.request import check_body, parse_request_line
 
 _WRITE_HIGH_WATER = 128 * 1024
-_after_empty_lines = re.compile(rb"\A(?:\r\n)++").sub
+_after_empty_lines = re.compile(rb"\A(?:\r\n)+").sub
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
