@@ -28,7 +28,7 @@ Bytes = bytes | memoryview
 # must be closed in them: some readers let a line end stand inside.
 _chunk_line = re.compile(
     rb"([0-9A-Fa-f]++)"
-    rb'(?:[ \t]*+;(?:[\t !#-~\x80-\xff]|"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*+")*+)?'
+    rb'(?:[ \t]*+;(?:[\t !#-~\x80-\xff]|"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*")*)?'
 ).fullmatch
 _MAX_CHUNK_BYTES = 2**63 - 1
 """What every reader can count."""
