@@ -33,7 +33,7 @@ from dstack_mesh.wire.limits import MAX_REQUEST_LINE_BYTES, MAX_REQUEST_TARGET_B
 # RFC 9112 section 3: one space between the parts. A fragment is never part of a request target.
 _request_line = re.compile(rb"(" + TOKEN + rb"++) ([!\"$-~]++) HTTP/1\.([01])").fullmatch
 # RFC 3986 3.2.2 and 3.2.3: a name or address, and a port. RFC 9110 4.2.4: no userinfo.
-_HOST = rb"(?:[A-Za-z0-9\-._~%!$&'()*+,;=]++|\[[0-9A-Fa-f:.]++\])(?::[0-9]*+)?"
+_HOST = rb"(?:[A-Za-z0-9\-._~%!$&'*+,;=()]++|\[[0-9A-Fa-f:.]++\])(?::[0-9]*+)?"
 _absolute_form = re.compile(rb"https?://(" + _HOST + rb")([/?].*+)?", re.IGNORECASE).fullmatch
 _valid_host = re.compile(rb"(?:" + _HOST + rb")?").fullmatch
 _protocol = re.compile(TOKEN + rb"++(?:/" + TOKEN + rb"++)?").fullmatch  # RFC 9110 7.8
