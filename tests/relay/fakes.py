@@ -14,6 +14,7 @@ from dstack_mesh.relay.deadlines import Timeouts
 from dstack_mesh.relay.downstream import Downstream
 from dstack_mesh.relay.exchange import Exchange
 from dstack_mesh.relay.service import Service
+from dstack_mesh.relay.stream import StreamProtocol
 from dstack_mesh.relay.upstream import Lane, Route, Upstream
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
@@ -22,6 +23,9 @@ from dstack_mesh.wire.translate import ResponseRules
 RULES = ResponseRules(remote_errors=False)
 REMOVE = frozenset((b"x-own",))
 TIMEOUTS = Timeouts()
+
+READ_BYTES = 256_000
+"""What an event loop reads at once."""
 
 GET_1 = b"GET /1 HTTP/1.1\r\nHost: a\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -40,7 +44,7 @@ class FakeSocket:
 class FakeTransport(asyncio.Transport):
     """One end of a connection. What the other end does is a method of the test's side below."""
 
-    def __init__(self, protocol: asyncio.BufferedProtocol, *, tls: bool = False) -> None:
+    def __init__(self, protocol: StreamProtocol, *, tls: bool = False) -> None:
         super().__init__()
         self.protocol = protocol
         self.sent = bytearray()
@@ -160,12 +164,10 @@ class FakeTransport(asyncio.Transport):
                 if not self.protocol.eof_received():
                     self.close()
                 return
-            buffer = memoryview(self.protocol.get_buffer(-1))
-            piece, rest = data[: len(buffer)], data[len(buffer) :]
+            piece, rest = data[:READ_BYTES], data[READ_BYTES:]
             if rest:
                 self._arrived.insert(0, rest)
-            buffer[: len(piece)] = piece
-            self.protocol.buffer_updated(len(piece))
+            self.protocol.data_received(piece)
 
     def _lose(self, exc: Exception | None) -> None:
         if not self.lost:

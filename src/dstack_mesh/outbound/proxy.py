@@ -13,11 +13,12 @@ from dstack_mesh.gateway_domain import Gateway
 from dstack_mesh.identity.store import IdentityStore
 from dstack_mesh.model import Address, Target, TcpAddress
 from dstack_mesh.outbound.agent_calls import agent_path, exposed
-from dstack_mesh.outbound.connect import MeshConnector
+from dstack_mesh.outbound.connect import MeshConnector, OpenTls
 from dstack_mesh.outbound.target import endpoint, parse_target
 from dstack_mesh.relay.answers import Answer, json_answer
 from dstack_mesh.relay.dial import PlainConnector, authority
 from dstack_mesh.relay.pool import Pool
+from dstack_mesh.relay.tls import open_tls
 from dstack_mesh.relay.upstream import Lane, Route
 from dstack_mesh.wire.fields import Field
 from dstack_mesh.wire.memo import BlockMemo
@@ -78,12 +79,14 @@ class OutboundProxy:
         directory: GatewayDirectory,
         options: OutboundOptions,
         count_handshake: Callable[[str], None] = lambda result: None,
+        open_tls: OpenTls = open_tls,
     ) -> None:
         self._pool = pool
         self._identity = identity
         self._directory = directory
         self._options = options
         self._count_handshake = count_handshake
+        self._open_tls = open_tls
         self._plans: BlockMemo[OutboundPlan] = BlockMemo(
             lambda block: OutboundPlan(parse_request_fields(block, 1, _REMOVE))
         )
@@ -179,6 +182,7 @@ class OutboundProxy:
                 self._options.connect_timeout,
                 self._directory.connection_failed,
                 self._count_handshake,
+                self._open_tls,
             ),
         )
 

@@ -14,8 +14,8 @@ from dstack_mesh.relay.answers import Answer, find_request_id, problem
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.exchange import Exchange
 from dstack_mesh.relay.interfaces import Handler, Listener, P
+from dstack_mesh.relay.stream import StreamProtocol
 from dstack_mesh.relay.upstream import Route
-from dstack_mesh.wire.body import Bytes
 from dstack_mesh.wire.fields import has_bare_lf, is_token
 from dstack_mesh.wire.limits import (
     MAX_HEAD_BYTES,
@@ -29,7 +29,7 @@ _after_empty_lines = re.compile(rb"\A(?:\r\n)+").sub
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
-class Downstream(Generic[P]):
+class Downstream(StreamProtocol, Generic[P]):
     """The server's end of one HTTP/1.1 connection."""
 
     __slots__ = (
@@ -80,17 +80,13 @@ class Downstream(Generic[P]):
         patience = timeouts.head if self._listener.draining else timeouts.idle
         self.deadline = self.worker.clock() + patience
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """Lend the worker's read buffer."""
-        return self.worker.buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
+    def data_received(self, data: bytes) -> None:
         """Take what was read."""
         exchange = self._exchange
         if exchange is not None:
-            exchange.request_data(self.worker.buffer[:nbytes])
+            exchange.request_data(data)
         elif not self._lingering:
-            self._head_data(bytes(self.worker.buffer[:nbytes]))
+            self._head_data(data)
 
     def eof_received(self) -> bool:
         """Let a client that has only finished sending get its answer (plain TCP)."""
@@ -239,7 +235,7 @@ class Downstream(Generic[P]):
             self._paused = False
             self.transport.resume_reading()
 
-    def keep_for_later(self, data: Bytes) -> None:
+    def keep_for_later(self, data: bytes) -> None:
         """Hold bytes behind the request's end, and no more than one read's worth of them."""
         self._pending += data
         self.pause_reading()

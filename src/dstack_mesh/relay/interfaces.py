@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.upstream import Route
 from dstack_mesh.relay.worker import Worker
-from dstack_mesh.wire.body import Bytes
 from dstack_mesh.wire.request import RequestFields, RequestLine
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ class Client(Protocol):
     def resume_reading(self) -> None:
         """Read on."""
 
-    def keep_for_later(self, data: Bytes) -> None:
+    def keep_for_later(self, data: bytes) -> None:
         """Take bytes behind the request's end."""
 
     def begin_tunnel(self) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import cast
 
 from dstack_mesh.relay.downstream import Downstream
 from dstack_mesh.relay.exchange import Exchange
@@ -39,11 +38,9 @@ class Service:
         self._empty = asyncio.Event()
         self._empty.set()
 
-    def protocol(self, handler: Handler[P]) -> asyncio.BaseProtocol:
+    def protocol(self, handler: Handler[P]) -> Downstream[P]:
         """Make the protocol of one accepted connection."""
-        # It has what a BufferedProtocol has; event loops ask for no more, and a compiled class
-        # cannot have a base that is not compiled.
-        return cast("asyncio.BaseProtocol", Downstream(self, handler))
+        return Downstream(self, handler)
 
     def has_room(self) -> bool:
         """Tell whether another connection is within the limit."""

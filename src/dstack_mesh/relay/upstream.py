@@ -9,6 +9,7 @@ from typing import Protocol, cast
 from dstack_mesh.errors import MeshError
 from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.deadlines import NEVER
+from dstack_mesh.relay.stream import StreamProtocol
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.wire.translate import ResponseRules
 
@@ -19,8 +20,8 @@ _WRITE_HIGH_WATER = 128 * 1024
 class ResponseSink(Protocol):
     """What an upstream connection tells the exchange that it carries."""
 
-    def response_data(self, data: memoryview) -> None:
-        """Take what was read; `data` is valid during the call only."""
+    def response_data(self, data: bytes) -> None:
+        """Take what was read."""
         ...
 
     def upstream_lost(self, upstream: Upstream, exc: Exception | None) -> None:
@@ -48,7 +49,7 @@ class Connector(Protocol):
         ...
 
 
-class Upstream:
+class Upstream(StreamProtocol):
     """The client's end of one HTTP/1.1 connection. Carries one exchange at a time."""
 
     __slots__ = (
@@ -120,30 +121,19 @@ class Upstream:
 
     # What asyncio calls.
 
-    def as_protocol(self) -> asyncio.BaseProtocol:
-        """Give itself to an event loop: it has what a BufferedProtocol has.
-
-        It is none by its bases, since a compiled class cannot have one that is not compiled.
-        """
-        return cast("asyncio.BaseProtocol", self)
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.BaseProtocol`."""
 
         self.transport = cast("asyncio.Transport", transport)
         self.transport.set_write_buffer_limits(high=_WRITE_HIGH_WATER)
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """Lend the worker's read buffer."""
-        return self.lane.worker.buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
+    def data_received(self, data: bytes) -> None:
         """Hand what was read to the exchange; bytes nobody asked for end the connection."""
         exchange = self.exchange
         if exchange is None:
             self.transport.abort()
         else:
-            exchange.response_data(self.lane.worker.buffer[:nbytes])
+            exchange.response_data(data)
 
     def eof_received(self) -> bool:
         """Note the orderly end; the transport closes itself."""

@@ -6,7 +6,6 @@ import re
 
 from dstack_mesh.errors import UpstreamProtocolError
 from dstack_mesh.wire.body import (
-    Bytes,
     CloseDecoder,
     Decoder,
     LengthDecoder,
@@ -44,10 +43,9 @@ class RequestBody:
         """Whether the body is complete."""
         return self._decoder.done
 
-    def feed(self, data: Bytes) -> tuple[bytes, int]:
+    def feed(self, data: bytes) -> tuple[bytes, int]:
         """Give the bytes to send and the count of bytes taken. Raises `MalformedError`."""
-        payload, taken = self._decoder.feed(data)
-        out = bytes(payload)
+        out, taken = self._decoder.feed(data)
         if self._chunked:
             out = chunk(out)
             if self._decoder.done:
@@ -55,14 +53,14 @@ class RequestBody:
         return out, taken
 
 
-def behind_body(fields: RequestFields, data: Bytes) -> bytes | None:
+def behind_body(fields: RequestFields, data: bytes) -> bytes | None:
     """Give what follows a request's body that `data` holds whole; None where it does not."""
     body = RequestBody(fields, frozenset())
     try:
         _, taken = body.feed(data)
     except MalformedError:
         return None
-    return bytes(data[taken:]) if body.done else None
+    return data[taken:] if body.done else None
 
 
 class ResponseHead:
@@ -150,13 +148,13 @@ class Response:
         """Set before the final head comes; turned off where only closing can end the body."""
         self.keep_upstream = False
 
-    def feed(self, data: memoryview) -> bytes:
+    def feed(self, data: bytes) -> bytes:
         """Give the bytes to send for what was read. Raises `UpstreamProtocolError`."""
         if self._decoder is not None:
             return self._body(data, self._decoder)
         self.touched = True
         seen = len(self._partial)
-        text = self._partial + bytes(data) if seen else bytes(data)
+        text = self._partial + data if seen else data
         out = b""
         while (end := text.find(b"\r\n\r\n", max(0, seen - 3))) >= 0:
             if end + 4 > MAX_HEAD_BYTES:
@@ -260,12 +258,11 @@ class Response:
         self._decoder = decoder(framing, fields.length, self._rules.remove | fields.nominated)
         return out + self._body(rest, self._decoder) if rest else out
 
-    def _body(self, data: Bytes, body: Decoder) -> bytes:
+    def _body(self, data: bytes, body: Decoder) -> bytes:
         try:
-            payload, taken = body.feed(data)
+            out, taken = body.feed(data)
         except MalformedError as error:
             raise UpstreamProtocolError(f"the response's body has {error}") from error
-        out = bytes(payload)
         if self._rechunk:
             out = chunk(out)
             if body.done:
@@ -277,7 +274,7 @@ class Response:
     def _end(self, *, excess: bool) -> None:
         self.done = True
         if excess:
-            # Bytes that answer no request: nothing on that connection can be believed any more.
+            # bytes that answer no request: nothing on that connection can be believed any more.
             self.keep_upstream = False
 
 
