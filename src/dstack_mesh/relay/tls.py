@@ -17,7 +17,7 @@ import contextlib
 import socket
 import ssl
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.stream import StreamProtocol
@@ -30,16 +30,19 @@ Settled = Callable[[Exception | None], None]
 """Called once: with None when the handshake is done, or with the reason of its failure; of a server
 when the connection is gone."""
 
-_SLICE_BYTES = 32 * 1024
+_SLICE_BYTES: Final = 32 * 1024
 """What is put into OpenSSL's buffers at a time: they grow, and never shrink."""
 
-_RECORD_BYTES = 16 * 1024
+_RECORD_BYTES: Final = 16 * 1024
 """The most that one record carries (RFC 8446 5.1)."""
 
-_MAX_UNREAD_BYTES = 1024 * 1024
+_MAX_UNREAD_BYTES: Final = 1024 * 1024
 """What of TLS's own answers may wait to be sent; writers of data stop far below it."""
 
-_HANDSHAKE, _OPEN, _CLOSING, _REFUSED = 0, 1, 2, 3
+_HANDSHAKE: Final = 0
+_OPEN: Final = 1
+_CLOSING: Final = 2
+_REFUSED: Final = 3
 
 
 class TlsTransport(StreamProtocol):
@@ -271,9 +274,13 @@ class TlsTransport(StreamProtocol):
 
     def _flush(self) -> None:
         if self._outgoing.pending:
-            data = self._outgoing.read()
-            if not self._raw.is_closing():
-                self._raw.write(data)
+            self._send(self._outgoing.read())
+
+    def _send(self, records: bytes) -> None:
+        try:  # noqa: SIM105 - `suppress` costs as much as the call
+            self._raw.write(records)
+        except RuntimeError:
+            pass  # the event loop has closed it, and is about to say so
 
     def _say_goodbye(self) -> None:
         with contextlib.suppress(ssl.SSLError):  # it wants to read the peer's
@@ -312,14 +319,14 @@ class TlsTransport(StreamProtocol):
         try:
             if len(data) <= _SLICE_BYTES:
                 self._sslobj.write(data)
-                self._raw.write(self._outgoing.read())
+                self._send(self._outgoing.read())
                 return
             view = memoryview(data)
             pieces: list[bytes] = []
             for at in range(0, len(data), _SLICE_BYTES):
                 self._sslobj.write(view[at : at + _SLICE_BYTES])
                 pieces.append(self._outgoing.read())
-            self._raw.write(b"".join(pieces))
+            self._send(b"".join(pieces))
         except ssl.SSLError as error:
             self._fail(error)
 
@@ -344,7 +351,7 @@ class TlsTransport(StreamProtocol):
 
     def is_closing(self) -> bool:
         """Tell whether the connection is on its way out."""
-        return self._state != _OPEN or bool(self._raw.is_closing())
+        return self._state != _OPEN
 
     def pause_reading(self) -> None:
         """Stop reading."""
