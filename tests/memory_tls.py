@@ -46,6 +46,7 @@ class ShownTls:
     chain: list[bytes]
     leaf: bytes | None
     session_reused: bool = False
+    context: None = None
     transport: FakeTransport | None = None
 
     def get_verified_chain(self) -> list[bytes]:
