@@ -100,8 +100,7 @@ class TlsTransport(StreamProtocol):
             return
         if self.deadline is not NEVER:
             self.worker.deadlines.watch(self)
-        if not self._server_side:
-            self._begin()
+        if not self._server_side and self._begin():
             self._shake_hands()
 
     def data_received(self, data: bytes) -> None:
@@ -111,11 +110,11 @@ class TlsTransport(StreamProtocol):
                 self._receive_little(data)
             else:
                 self._receive_much(data)
-        elif self._state == _HANDSHAKE:
-            if self._sslobj is None:
-                self._begin()
-            self._incoming.write(data)
+        elif self._state == _HANDSHAKE and (self._sslobj is not None or self._begin()):
+            self._incoming.write(data[:_SLICE_BYTES])
             self._shake_hands()
+            if len(data) > _SLICE_BYTES:
+                self.data_received(data[_SLICE_BYTES:])
 
     def eof_received(self) -> bool:
         """Let the connection end; what comes without a close-notify is no end in order."""
@@ -125,10 +124,11 @@ class TlsTransport(StreamProtocol):
         """Tell whoever still waits."""
         state, self._state = self._state, _REFUSED
         self.worker.deadlines.unwatch(self)
+        failure = self._failure or exc
+        # Settled before, unless the handshake failed, or `connection_made` did.
+        self._settle(failure or ConnectionResetError("the peer ended it"))
         if state in (_OPEN, _CLOSING):
-            self._protocol.connection_lost(self._failure or exc)
-        else:
-            self._settle(self._failure or exc or ConnectionResetError("the peer ended it"))
+            self._protocol.connection_lost(failure)
 
     def pause_writing(self) -> None:
         """Pass on what the event loop wishes."""
@@ -142,12 +142,23 @@ class TlsTransport(StreamProtocol):
 
     # The handshake.
 
-    def _begin(self) -> None:
+    def _begin(self) -> bool:
+        """Tell whether there is a session to shake hands with."""
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
-        self.ssl_object = self._wrap(self._incoming, self._outgoing)
+        try:
+            self.ssl_object = self._wrap(self._incoming, self._outgoing)
+        except Exception as error:  # raised on, it would be lost in the event loop
+            self._give_up(error)
+            return False
         # What `ssl.SSLObject` wraps has the same methods, and they cost no Python frame.
         self._sslobj = self.ssl_object._sslobj  # noqa: SLF001 - see above
+        return True
+
+    def _give_up(self, failure: Exception) -> None:
+        self._state = _REFUSED
+        self._failure = failure
+        self._raw.abort()
 
     def _shake_hands(self) -> None:
         try:
@@ -264,10 +275,18 @@ class TlsTransport(StreamProtocol):
                 self._raw.close()
 
     def _fail(self, failure: Exception) -> None:
+        """End what cannot go on, once the alert that says why is sent, where OpenSSL has made one.
+
+        An event loop may hold what is written until its next turn, and `abort` would drop it.
+        """
         self._failure = failure
         self._state = _CLOSING
-        self._flush()
-        self._raw.abort()
+        if self._outgoing.pending:
+            self._flush()
+            self._raw.close()
+            self._expire_after_lingering()
+        else:
+            self._raw.abort()
 
     def _flush(self) -> None:
         if self._outgoing.pending:
@@ -283,11 +302,19 @@ class TlsTransport(StreamProtocol):
     def _finish_sending(self) -> None:
         """End our side, and wait a while for the peer to end its own, reading what it sends."""
         raw = self._raw
-        if not raw.is_closing():
+        if raw.is_closing():
+            return
+        try:
             raw.write_eof()
-            raw.resume_reading()
-            self.deadline = self.worker.clock() + self.worker.timeouts.linger
-            self.worker.deadlines.watch(self)
+        except OSError:  # asyncio's own loop, where the peer has reset the connection
+            raw.abort()
+            return
+        raw.resume_reading()
+        self._expire_after_lingering()
+
+    def _expire_after_lingering(self) -> None:
+        self.deadline = self.worker.clock() + self.worker.timeouts.linger
+        self.worker.deadlines.watch(self)
 
     # What the sweep calls.
 
@@ -295,10 +322,9 @@ class TlsTransport(StreamProtocol):
         """Give up a handshake, or a peer that does not end its side."""
         self.deadline = NEVER
         if self._state == _HANDSHAKE:
-            self._state = _REFUSED
-            self._failure = TimeoutError("the handshake did not finish in time")
-            self._raw.abort()
-        elif self._raw.get_write_buffer_size():  # it reads slowly; the protocol knows how long
+            self._give_up(TimeoutError("the handshake did not finish in time"))
+        elif self._failure is None and self._raw.get_write_buffer_size():
+            # It reads slowly; the protocol knows how long it may.
             self.deadline = now + self.worker.timeouts.linger
         else:
             self._raw.abort()
@@ -407,6 +433,7 @@ async def open_tls(
         await worker.loop.create_connection(transport.as_protocol, sock=sock)
         await done
     except asyncio.CancelledError:
+        done.cancel()  # nobody will ask it
         transport.abort()
         raise
     return transport
