@@ -430,7 +430,9 @@ async def open_tls(
 
     transport = TlsTransport(worker, protocol, wrap, settled, server_side=False)
     try:
-        await worker.loop.create_connection(transport.as_protocol, sock=sock)
+        # uvloop's `create_connection` leaves the number of a closed descriptor in `sock` where the
+        # connection ends as it begins, and `sock` would close whatever has that number next.
+        await worker.loop.connect_accepted_socket(transport.as_protocol, sock)
         await done
     except asyncio.CancelledError:
         done.cancel()  # nobody will ask it
