@@ -13,11 +13,6 @@ from typing import Any
 
 import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
-
-from dstack_mesh.identity import tls as contexts
-from dstack_mesh.model import Role
-from dstack_mesh.relay.deadlines import Timeouts
-from dstack_mesh.relay.tls import TlsTransport, open_tls
 from tests.identity.conftest import Issued, Kms, issue
 from tests.identity.conftest import kms as kms
 from tests.relay.tls_scene import (
@@ -31,6 +26,11 @@ from tests.relay.tls_scene import (
     Scene,
     bare_context,
 )
+
+from dstack_mesh.identity import tls as contexts
+from dstack_mesh.model import Role
+from dstack_mesh.relay.deadlines import Timeouts
+from dstack_mesh.relay.tls import TlsTransport, open_tls
 
 SHORT = Timeouts(linger=0.1)
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import ssl
 from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from dstack_mesh.relay.tls import TlsTransport
-from dstack_mesh.relay.worker import READ_BUFFER_BYTES, Worker
 from tests.identity.conftest import Kms
 from tests.identity.conftest import kms as kms
 from tests.relay.tls_memory import Both, IdleLoop
@@ -27,6 +25,9 @@ from tests.relay.tls_scene import (
     Scene,
     pattern,
 )
+
+from dstack_mesh.relay.tls import TlsTransport
+from dstack_mesh.relay.worker import READ_BUFFER_BYTES, Worker
 
 BIG = pattern(3 * MIB + 12_345)
 
@@ -256,7 +257,7 @@ def test_any_split_of_a_stream_gives_the_same_plaintext(
     said = [pattern(size) for size in sizes]
     sealed = b"".join(both.seal(data) for data in said)
     edges = [0, *sorted(cut for cut in cuts if cut < len(sealed)), len(sealed)]
-    both.say(*(sealed[a:b] for a, b in zip(edges, edges[1:], strict=False)))
+    both.say(*(sealed[start:end] for start, end in itertools.pairwise(edges)))
     assert both.take() == b"".join(said)
     both.say(both.goodbye())
     assert both.protocol.events == ["made", "eof"]

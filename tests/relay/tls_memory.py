@@ -7,12 +7,13 @@ import contextlib
 import ssl
 from typing import Any, cast
 
+from tests.identity.conftest import Kms
+from tests.relay.tls_scene import TLS12, Recorder, bare_context
+
 from dstack_mesh.identity import tls as contexts
 from dstack_mesh.relay.deadlines import Timeouts
 from dstack_mesh.relay.tls import TlsTransport
 from dstack_mesh.relay.worker import Worker
-from tests.identity.conftest import Kms
-from tests.relay.tls_scene import TLS12, Recorder, bare_context
 
 
 class _Handle:

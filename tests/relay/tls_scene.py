@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 import pytest
 import uvloop
+from tests.identity.conftest import Issued, Kms
 
 from dstack_mesh.identity import tls as contexts
 from dstack_mesh.relay.deadlines import Timeouts
 from dstack_mesh.relay.stream import StreamProtocol
 from dstack_mesh.relay.tls import TlsTransport, open_tls
 from dstack_mesh.relay.worker import Worker
-from tests.identity.conftest import Issued, Kms
 
 TLS12, TLS13 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
 DEADLINE = 20.0
@@ -202,6 +202,8 @@ class Case:
     caller: Issued | None = None
     """Whose certificate the peer shows; by default one of a good app."""
     small: bool = False
+    verifying: bool = False
+    """Whether the peer wants a certificate, and has no root to verify it by."""
 
     def run(self, main: Callable[[Scene], Awaitable[None]], *, faults: int = 0) -> None:
         """Run `main`; the loop must have heard of as many faults of protocols as said."""
@@ -237,6 +239,8 @@ class Scene:
             self.context.maximum_version = TLS12
         shown = case.caller or case.kms.leaf()
         context = bare_context(shown, case.version, server_side=not case.server_side)
+        if case.verifying:
+            context.verify_mode = ssl.CERT_REQUIRED
         self.peer = Peer(theirs, context, server_side=not case.server_side)
         self.settled: list[Exception | None] = []
         self.ours: Any = None
@@ -276,7 +280,7 @@ class Scene:
         return await asyncio.to_thread(act, *args)
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - of what has no event, in threads too
             await asyncio.sleep(0.001)
 
     async def lost(self) -> Exception | None:

@@ -39,7 +39,7 @@ _RECORD_BYTES = 16 * 1024
 _MAX_UNREAD_BYTES = 1024 * 1024
 """What of TLS's own answers may wait to be sent; writers of data stop far below it."""
 
-_HANDSHAKE, _OPEN, _CLOSING, _REFUSED = 0, 1, 2, 3
+_HANDSHAKE, _OPEN, _CLOSING, _REFUSED, _GONE = 0, 1, 2, 3, 4
 
 
 class TlsTransport(StreamProtocol):
@@ -122,7 +122,7 @@ class TlsTransport(StreamProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell whoever still waits."""
-        state, self._state = self._state, _REFUSED
+        state, self._state = self._state, _GONE
         self.worker.deadlines.unwatch(self)
         failure = self._failure or exc
         # Settled before, unless the handshake failed, or `connection_made` did.
@@ -215,7 +215,7 @@ class TlsTransport(StreamProtocol):
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLError as error:
-            failure = error
+            failure = self._failure = error
         if found:
             self._protocol.data_received(found)
         if ended or failure is not None or self._outgoing.pending:
@@ -245,7 +245,7 @@ class TlsTransport(StreamProtocol):
                 if ended or self._state != _OPEN:
                     break
         except ssl.SSLError as error:
-            failure = error
+            failure = self._failure = error
         self._hand_over(buffer, filled)
         if ended or failure is not None or self._outgoing.pending:
             self._after_reading(ended, failure)
@@ -279,7 +279,7 @@ class TlsTransport(StreamProtocol):
 
         An event loop may hold what is written until its next turn, and `abort` would drop it.
         """
-        self._failure = failure
+        self._failure = self._failure or failure  # a session that has failed fails writers, too
         self._state = _CLOSING
         if self._outgoing.pending:
             self._flush()
@@ -365,7 +365,7 @@ class TlsTransport(StreamProtocol):
             self._failure = ConnectionAbortedError("the handshake was given up")
         elif self._state == _OPEN:
             self._state = _CLOSING
-        if self._raw is not None:
+        if self._raw is not None and self._state != _GONE:
             self._raw.abort()
 
     def is_closing(self) -> bool:
