@@ -31,10 +31,13 @@ Settled = Callable[[Exception | None], None]
 when the connection is gone."""
 
 _SLICE_BYTES = 32 * 1024
-"""What is put into OpenSSL's buffers at a time: they grow, and never shrink."""
+"""What is put into OpenSSL's buffer of what comes in at a time: it grows, and never shrinks.
+
+A part of a record in it costs an exception, so that it is not as little as on the way out.
+"""
 
 _RECORD_BYTES = 16 * 1024
-"""The most that one record carries (RFC 8446 5.1)."""
+"""The most that one record carries (RFC 8446 5.1), and what is put in at a time on the way out."""
 
 _MAX_UNREAD_BYTES = 1024 * 1024
 """What of TLS's own answers may wait to be sent; writers of data stop far below it."""
@@ -336,14 +339,14 @@ class TlsTransport(StreamProtocol):
         if self._state != _OPEN:
             return
         try:
-            if len(data) <= _SLICE_BYTES:
+            if len(data) <= _RECORD_BYTES:
                 self._sslobj.write(data)
                 self._raw.write(self._outgoing.read())
                 return
             view = memoryview(data)
             pieces: list[bytes] = []
-            for at in range(0, len(data), _SLICE_BYTES):
-                self._sslobj.write(view[at : at + _SLICE_BYTES])
+            for at in range(0, len(data), _RECORD_BYTES):
+                self._sslobj.write(view[at : at + _RECORD_BYTES])
                 pieces.append(self._outgoing.read())
             self._raw.write(b"".join(pieces))
         except ssl.SSLError as error:
