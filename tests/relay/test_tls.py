@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import datetime
 import socket
 import ssl
-import struct
-import threading
 from typing import Any
 
 import pytest
-from cryptography.x509.oid import ExtendedKeyUsageOID
-from tests.identity.conftest import Issued, Kms, issue
+from tests.identity.conftest import Kms
 from tests.identity.conftest import kms as kms
+from tests.relay.tls_memory import IdleLoop, Raw
 from tests.relay.tls_scene import (
-    DEADLINE,
     LOOPS,
     SIDES,
     TLS13,
     VERSIONS,
     Case,
     NewLoop,
+    Recorder,
     Scene,
-    bare_context,
 )
 
 from dstack_mesh.identity import tls as contexts
 from dstack_mesh.model import Role
 from dstack_mesh.relay.deadlines import Timeouts
-from dstack_mesh.relay.tls import TlsTransport, open_tls
+from dstack_mesh.relay.tls import TlsTransport
+from dstack_mesh.relay.worker import Worker
 
 SHORT = Timeouts(linger=0.1)
 
@@ -58,137 +54,6 @@ def test_two_apps_meet_and_each_knows_the_other(
         assert scene.protocol.events == ["made", "lost"]
 
     Case(kms, new_loop, version, server_side).run(main)
-
-
-WRONG = ("foreign KMS", "self-signed", "expired", "other role", "leaf as CA")
-
-
-def wrong_callers(kms: Kms) -> dict[str, tuple[Issued, str]]:
-    """For each way in which OpenSSL refuses a caller: its chain, and the alert that fits."""
-    yesterday = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
-    return {
-        "foreign KMS": (Kms().leaf(), "TLSV1_ALERT_DECRYPT_ERROR"),
-        "self-signed": (issue(None, "localhost", []), "TLSV1_ALERT_UNKNOWN_CA"),
-        "expired": (kms.leaf(not_after=yesterday), "SSLV3_ALERT_CERTIFICATE_EXPIRED"),
-        "other role": (
-            kms.leaf(eku=[ExtendedKeyUsageOID.SERVER_AUTH]),
-            "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE",
-        ),
-        "leaf as CA": (kms.leaf(issuer=kms.leaf()), "TLSV1_ALERT_UNKNOWN_CA"),
-    }
-
-
-@LOOPS
-@VERSIONS
-@pytest.mark.parametrize("who", WRONG)
-def test_a_caller_that_openssl_refuses_is_shown_the_alert(
-    kms: Kms, new_loop: NewLoop, version: ssl.TLSVersion, who: str
-) -> None:
-    """Though it has sent a request already, more than sockets hold."""
-    wrong, alert = wrong_callers(kms)[who]
-    caller = bare_context(wrong, version, server_side=False)
-
-    def call(scene: Scene) -> str | None:
-        try:
-            with caller.wrap_socket(scene.peer.sock) as sock:
-                sock.sendall(b"x" * 100_000)
-                while sock.recv(1024):
-                    pass
-        except ssl.SSLError as error:
-            return error.reason
-        return None
-
-    async def main(scene: Scene) -> None:
-        calling = asyncio.create_task(asyncio.to_thread(call, scene))
-        await scene.accept()
-        assert await calling == alert
-        await scene.until(lambda: bool(scene.settled))
-        assert isinstance(scene.settled[0], ssl.SSLCertVerificationError)
-        assert scene.protocol.events == [], "it hears of no handshake that fails"
-
-    Case(kms, new_loop, version).run(main)
-
-
-@LOOPS
-@VERSIONS
-def test_a_target_that_openssl_refuses_is_shown_the_alert(
-    kms: Kms, new_loop: NewLoop, version: ssl.TLSVersion
-) -> None:
-    async def main(scene: Scene) -> None:
-        serving = asyncio.create_task(asyncio.to_thread(refused, scene))
-        with pytest.raises(ssl.SSLCertVerificationError):
-            await scene.open()
-        assert await serving == "TLSV1_ALERT_DECRYPT_ERROR"
-        assert scene.protocol.events == []
-
-    def refused(scene: Scene) -> str | None:
-        with pytest.raises(ssl.SSLError) as failure:
-            scene.peer.connect()
-        return failure.value.reason
-
-    Case(kms, new_loop, version, server_side=False, caller=Kms().leaf()).run(main)
-
-
-@LOOPS
-@pytest.mark.parametrize("flooding", [False, True], ids=["silent", "flooding"])
-def test_a_refused_caller_that_stays_is_cut_off_and_counts_until_then(
-    kms: Kms, new_loop: NewLoop, flooding: bool
-) -> None:
-    cut_off = threading.Event()
-
-    def stay(scene: Scene) -> None:
-        scene.peer.connect()
-        while flooding:
-            try:
-                scene.peer.send(bytes(16_384))
-            except ConnectionError:
-                return
-        assert cut_off.wait(DEADLINE)
-
-    async def main(scene: Scene) -> None:
-        staying = asyncio.create_task(asyncio.to_thread(stay, scene))
-        await scene.accept()
-        await scene.until(lambda: scene.ours._state == 3)
-        began = scene.worker.clock()
-        assert scene.settled == []
-        await scene.until(lambda: bool(scene.settled))
-        assert scene.worker.clock() - began >= 0.05
-        assert isinstance(scene.settled[0], ssl.SSLCertVerificationError)
-        assert len(scene.settled) == 1
-        assert scene.protocol.events == []
-        cut_off.set()
-        await staying
-
-    Case(kms, new_loop, caller=Kms().leaf(), timeouts=SHORT).run(main)
-
-
-@LOOPS
-def test_our_client_tells_of_a_refusal_at_once_and_goes_when_the_time_is_over(
-    kms: Kms, new_loop: NewLoop
-) -> None:
-    """The target stays; whoever waits for the connection does not wait for that."""
-
-    def stay(scene: Scene) -> bytes:
-        with pytest.raises(ssl.SSLError):
-            scene.peer.connect()
-        return scene.peer.sock.recv(100)
-
-    async def main(scene: Scene) -> None:
-        staying = asyncio.create_task(asyncio.to_thread(stay, scene))
-        with pytest.raises(ssl.SSLCertVerificationError):
-            await scene.open()
-        assert await staying == b""
-
-        def reset() -> bool:
-            try:
-                scene.peer.sock.send(b"x")
-            except ConnectionError:
-                return True
-            return False
-
-        await scene.until(reset)
-
-    Case(kms, new_loop, server_side=False, caller=Kms().leaf(), timeouts=SHORT).run(main)
 
 
 @LOOPS
@@ -331,49 +196,6 @@ def test_where_no_session_can_be_made_the_handshake_has_failed(
 
 
 @LOOPS
-def test_a_server_name_that_is_none_is_raised_and_not_waited_for(
-    kms: Kms, new_loop: NewLoop
-) -> None:
-    async def main(scene: Scene) -> None:
-        with pytest.raises(ValueError, match="label empty"):
-            await open_tls(scene.worker, scene.sock, scene.protocol, scene.context, ".x")
-        assert await scene.peer_does(scene.peer.sock.recv, 1) == b""
-        assert scene.sock.fileno() == -1, "it would close another's descriptor one day"
-
-    Case(kms, new_loop, server_side=False).run(main)
-
-
-def ended(sock: socket.socket) -> bool:
-    """Read to the end; raises `TimeoutError` where there is none."""
-    while sock.recv(1024):
-        pass
-    return True
-
-
-@LOOPS
-@pytest.mark.parametrize("after", [1, 2, 3, 10])
-def test_who_is_cancelled_lets_go_of_the_socket(kms: Kms, new_loop: NewLoop, after: int) -> None:
-    """At each turn of the loop up to where it waits for the target.
-
-    A `sock` that still had the number of a closed descriptor would close another's one day.
-    """
-
-    async def main(scene: Scene) -> None:
-        opening = asyncio.create_task(scene.open())
-        for _ in range(after):
-            await asyncio.sleep(0)
-        opening.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await opening
-        await asyncio.sleep(0.01)
-        assert await scene.peer_does(ended, scene.peer.sock)
-        assert scene.sock.fileno() == -1
-        assert scene.sock.fileno() == -1
-
-    Case(kms, new_loop, server_side=False).run(main)
-
-
-@LOOPS
 @SIDES
 def test_a_protocol_that_fails_at_the_start_ends_the_connection(
     kms: Kms, new_loop: NewLoop, server_side: bool
@@ -401,23 +223,32 @@ def test_a_protocol_that_fails_at_the_start_ends_the_connection(
     Case(kms, new_loop, server_side=server_side).run(main, faults=1)
 
 
-@LOOPS
-@VERSIONS
-def test_a_caller_that_is_gone_before_the_alert_is_still_refused(
-    kms: Kms, new_loop: NewLoop, version: ssl.TLSVersion
-) -> None:
-    def leave(scene: Scene) -> None:
-        scene.peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        with contextlib.suppress(ssl.SSLError):  # TLS 1.2 has it wait, and read the alert
-            scene.peer.connect()
-        scene.peer.sock.close()
+class GreedySession:
+    """A session that is never done, and remembers what it was given at a time."""
 
-    async def main(scene: Scene) -> None:
-        leaving = asyncio.create_task(scene.peer_does(leave, scene))
-        await scene.accept()
-        await leaving
-        await scene.until(lambda: bool(scene.settled))
-        assert isinstance(scene.settled[0], OSError)
-        assert len(scene.settled) == 1
+    def __init__(self, incoming: ssl.MemoryBIO) -> None:
+        self._sslobj = self
+        self._incoming = incoming
+        self.given: list[int] = []
 
-    Case(kms, new_loop, version, caller=Kms().leaf()).run(main)
+    def do_handshake(self) -> None:
+        self.given.append(self._incoming.pending)
+        self._incoming.read()
+        raise ssl.SSLWantReadError
+
+
+def test_a_handshake_swells_no_buffer(kms: Kms) -> None:
+    """OpenSSL's buffers never shrink; whoever has no certificate may send as much in a read."""
+    worker = Worker(IdleLoop(), Timeouts())
+    ours = TlsTransport(
+        worker,
+        Recorder(),
+        lambda incoming, _: GreedySession(incoming),  # type: ignore[arg-type, return-value]
+        lambda error: None,
+        server_side=True,
+    )
+    ours.connection_made(Raw())  # type: ignore[arg-type]
+    ours.data_received(bytes(256_000))
+    given = ours.ssl_object.given
+    assert sum(given) == 256_000
+    assert max(given) <= 32 * 1024

@@ -298,6 +298,8 @@ def test_who_closes_gets_nothing_more(kms: Kms, how: str, size: int) -> None:
     assert both.protocol.events == ["made"]
     both.ours.data_received(b"anything")
     assert len(both.protocol.pieces) == 1
+    both.ours.connection_lost(None)
+    assert both.protocol.failure is None, "the peer's end, read over, is no failure"
 
 
 def test_nothing_more_is_written_once_closed(kms: Kms) -> None:

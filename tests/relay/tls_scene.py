@@ -17,7 +17,8 @@ from tests.identity.conftest import Issued, Kms
 from dstack_mesh.identity import tls as contexts
 from dstack_mesh.relay.deadlines import Timeouts
 from dstack_mesh.relay.stream import StreamProtocol
-from dstack_mesh.relay.tls import TlsTransport, open_tls
+from dstack_mesh.relay.tls import TlsTransport
+from dstack_mesh.relay.tls_client import open_tls
 from dstack_mesh.relay.worker import Worker
 
 TLS12, TLS13 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3

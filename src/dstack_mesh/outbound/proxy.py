@@ -18,7 +18,7 @@ from dstack_mesh.outbound.target import endpoint, parse_target
 from dstack_mesh.relay.answers import Answer, json_answer
 from dstack_mesh.relay.dial import PlainConnector, authority
 from dstack_mesh.relay.pool import Pool
-from dstack_mesh.relay.tls import open_tls
+from dstack_mesh.relay.tls_client import open_tls
 from dstack_mesh.relay.upstream import Lane, Route
 from dstack_mesh.wire.fields import Field
 from dstack_mesh.wire.memo import BlockMemo

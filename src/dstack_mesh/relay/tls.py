@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import ssl
 from collections.abc import Callable
 from typing import Any
@@ -80,8 +79,7 @@ class TlsTransport(StreamProtocol):
         """`deadline` is the handshake's, in the worker's time."""
         self.worker = worker
         self.deadline = deadline
-        self.ssl_object: Any = None
-        """An `ssl.SSLObject`, once there is one."""
+        self.ssl_object: Any = None  # an `ssl.SSLObject`, once there is one
         self._protocol = protocol
         self._wrap = wrap
         self._settled: Settled | None = settled
@@ -147,8 +145,7 @@ class TlsTransport(StreamProtocol):
 
     def _begin(self) -> bool:
         """Tell whether there is a session to shake hands with."""
-        self._incoming = ssl.MemoryBIO()
-        self._outgoing = ssl.MemoryBIO()
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         try:
             self.ssl_object = self._wrap(self._incoming, self._outgoing)
         except Exception as error:  # raised on, it would be lost in the event loop
@@ -199,7 +196,7 @@ class TlsTransport(StreamProtocol):
         if settled is not None:
             settled(error)
 
-    # Data.
+    # Reading.
 
     def _receive_little(self, data: bytes) -> None:
         """Decrypt what can be no more than one full record's worth."""
@@ -248,7 +245,9 @@ class TlsTransport(StreamProtocol):
                 if ended or self._state != _OPEN:
                     break
         except ssl.SSLError as error:
-            failure = self._failure = error
+            failure = error
+            if self._state == _OPEN:  # and not the end of what is read over
+                self._failure = error
         self._hand_over(buffer, filled)
         if ended or failure is not None or self._outgoing.pending:
             self._after_reading(ended, failure)
@@ -304,16 +303,13 @@ class TlsTransport(StreamProtocol):
 
     def _finish_sending(self) -> None:
         """End our side, and wait a while for the peer to end its own, reading what it sends."""
-        raw = self._raw
-        if raw.is_closing():
-            return
-        try:
-            raw.write_eof()
-        except OSError:  # asyncio's own loop, where the peer has reset the connection
-            raw.abort()
-            return
-        raw.resume_reading()
-        self._expire_after_lingering()
+        if not self._raw.is_closing():
+            try:
+                self._raw.write_eof()
+                self._raw.resume_reading()
+                self._expire_after_lingering()
+            except OSError:  # asyncio's own loop, where the peer has reset the connection
+                self._raw.abort()
 
     def _expire_after_lingering(self) -> None:
         self.deadline = self.worker.clock() + self.worker.timeouts.linger
@@ -402,43 +398,3 @@ class TlsTransport(StreamProtocol):
         if name == "ssl_object":
             return self.ssl_object
         return self._raw.get_extra_info(name, default)
-
-
-async def open_tls(
-    worker: Worker,
-    sock: socket.socket,
-    protocol: StreamProtocol,
-    context: ssl.SSLContext,
-    server_name: str | None,
-    session: ssl.SSLSession | None = None,
-) -> TlsTransport:
-    """Do the client's side of TLS on `sock`, which is connected and non-blocking.
-
-    `protocol` has been told of the connection when this returns. Raises `ssl.SSLError`, or an
-    `OSError` where the connection ended. Set a time limit around it: who is cancelled lets go of
-    the socket.
-    """
-    done: asyncio.Future[None] = worker.loop.create_future()
-
-    def wrap(incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> ssl.SSLObject:
-        return context.wrap_bio(incoming, outgoing, False, server_name, session)
-
-    def settled(error: Exception | None) -> None:
-        if done.done():
-            return
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
-
-    transport = TlsTransport(worker, protocol, wrap, settled, server_side=False)
-    try:
-        # uvloop's `create_connection` leaves the number of a closed descriptor in `sock` where the
-        # connection ends as it begins, and `sock` would close whatever has that number next.
-        await worker.loop.connect_accepted_socket(transport.as_protocol, sock)
-        await done
-    except asyncio.CancelledError:
-        done.cancel()  # nobody will ask it
-        transport.abort()
-        raise
-    return transport
