@@ -1,39 +1,21 @@
-"""Our contexts, accepting a caller, and how failures of TLS are read."""
+"""Our contexts, and how failures of TLS are read."""
 
 from __future__ import annotations
 
-import asyncio
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
-import uvloop
 from cryptography.hazmat.primitives import serialization
-from tests.identity.conftest import APP_A, Kms, shake_hands
+from tests.identity.conftest import APP_A, Issued, Kms, shake_hands
 
 from dstack_mesh.identity import tls
 from dstack_mesh.model import Role
 
 TLS12, TLS13 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
 VERSIONS = pytest.mark.parametrize("version", [TLS12, TLS13], ids=["1.2", "1.3"])
-LOOPS = pytest.mark.parametrize(
-    "new_loop", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"]
-)
-DEADLINE = 10.0
-
-_Result = TypeVar("_Result")
-
-
-def run(new_loop: Callable[[], asyncio.AbstractEventLoop], main: Awaitable[_Result]) -> _Result:
-    async def bounded() -> _Result:
-        return await asyncio.wait_for(main, DEADLINE)
-
-    with asyncio.Runner(loop_factory=new_loop) as runner:
-        return runner.run(bounded())
-
 
 # Contexts
 

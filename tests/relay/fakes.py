@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from dstack_mesh.errors import MeshError, UpstreamClosed
 from dstack_mesh.model import PeerIdentity
-from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.deadlines import Timeouts
 from dstack_mesh.relay.downstream import Downstream
 from dstack_mesh.relay.exchange import Exchange
+from dstack_mesh.relay.interfaces import Decision, Handler, Plan
 from dstack_mesh.relay.service import Service
 from dstack_mesh.relay.stream import StreamProtocol
-from dstack_mesh.relay.upstream import Lane, Route, Upstream
+from dstack_mesh.relay.upstream import Connector, Lane, Route, Upstream
 from dstack_mesh.relay.worker import Worker
-from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
+from dstack_mesh.wire.request import RequestLine, parse_request_fields
 from dstack_mesh.wire.translate import ResponseRules
 
 RULES = ResponseRules(remote_errors=False)
@@ -175,7 +175,7 @@ class FakeTransport(asyncio.Transport):
             self.protocol.connection_lost(exc)
 
 
-class FakeConnector:
+class FakeConnector(Connector):
     """Connects when the test says so, to connections that the test holds the other end of."""
 
     def __init__(self) -> None:
@@ -210,15 +210,11 @@ class FakeConnector:
         return self.number
 
 
-class FakePlan:
-    def __init__(self, fields: RequestFields) -> None:
-        self.fields = fields
+class FakePlan(Plan):
+    pass
 
 
-Decision = Route | Answer | Coroutine[None, None, Answer]
-
-
-class FakeHandler:
+class FakeHandler(Handler[FakePlan]):
     """Routes everything to one lane, or does what the test puts into `decide`."""
 
     def __init__(self, lane: Lane) -> None:
@@ -238,7 +234,7 @@ class FakeHandler:
         self.planned.append(line)
         return FakePlan(parse_request_fields(block, line.minor, REMOVE, line.authority))
 
-    def route(self, line: RequestLine, plan: FakePlan) -> Decision:
+    def route(self, line: RequestLine, plan: FakePlan, last: Route | None = None) -> Decision:
         if self.decide is not None:
             return self.decide(line)
         head = b"%b %b HTTP/1.1\r\n%b\r\n" % (line.method, line.target, plan.fields.forwarded)

@@ -303,6 +303,25 @@ def test_closing_what_the_event_loop_is_closing_already_changes_nothing(kms: Kms
     assert not both.raw.aborted
 
 
+def test_a_bare_end_is_an_end_though_something_is_still_to_be_sent(kms: Kms) -> None:
+    """Nobody may take the connection for one that is open until then."""
+    both = Both(kms, TLS13, server_side=False)
+    both.raw.unread = 100
+    assert not both.ours.eof_received()
+    assert both.ours.is_closing()
+    both.ours.write(b"too late")
+    assert both.raw.sent == b""
+    both.ours.connection_lost(None)
+    assert both.protocol.events == ["made", "lost"]
+
+
+def test_what_the_event_loop_has_closed_is_written_to_without_an_error(kms: Kms) -> None:
+    both = Both(kms, TLS13, server_side=True)
+    both.raw.closed = True
+    both.ours.write(b"x")
+    assert both.raw.sent == b""
+
+
 def test_a_failed_connection_does_not_wait_for_a_slow_reader(kms: Kms) -> None:
     both = Both(kms, TLS13, server_side=True)
     broken = bytearray(both.seal(b"hello"))

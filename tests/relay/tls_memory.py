@@ -48,8 +48,9 @@ class Raw:
         """Whether to end its side is an error: the peer has reset the connection."""
 
     def write(self, data: bytes) -> None:
-        assert not self.closed
         assert not self.ended
+        if self.closed:  # as uvloop's does once it has closed the handle
+            raise RuntimeError("the handler is closed")
         self.sent += data
 
     def write_eof(self) -> None:

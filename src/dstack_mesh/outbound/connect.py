@@ -24,14 +24,14 @@ from dstack_mesh.model import PeerIdentity, Role
 from dstack_mesh.outbound.target import Endpoint
 from dstack_mesh.relay.dial import open_socket, reason
 from dstack_mesh.relay.tls_client import open_tls
-from dstack_mesh.relay.upstream import Lane, Upstream
+from dstack_mesh.relay.upstream import Connector, Lane, Upstream
 from dstack_mesh.relay.worker import Worker
 
 OpenTls = Callable[[Worker, socket.socket, Upstream, ssl.SSLContext, str | None], Awaitable[object]]
 """What `relay.tls_client.open_tls` is, and what tests put in its place."""
 
 
-class MeshConnector:
+class MeshConnector(Connector):
     """Opens connections to one endpoint, and hands out none whose target is not verified."""
 
     def __init__(

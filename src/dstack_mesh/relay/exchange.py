@@ -23,9 +23,8 @@ from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.answers import Answer, problem, settled
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.interfaces import Client
-from dstack_mesh.relay.upstream import Route, Upstream
+from dstack_mesh.relay.upstream import ResponseSink, Route, Upstream
 from dstack_mesh.wire.fields import MalformedError
-from dstack_mesh.wire.framing import Framing
 from dstack_mesh.wire.request import RequestFields, RequestLine
 from dstack_mesh.wire.translate import RequestBody, Response, behind_body
 
@@ -35,7 +34,7 @@ _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE
 """RFC 9110 9.2.2."""
 
 
-class Exchange:
+class Exchange(ResponseSink):
     """See the module. Recorded once, when it has ended."""
 
     __slots__ = (
@@ -69,7 +68,7 @@ class Exchange:
         self.started = self.worker.clock()
         self.finished = 0.0
         """In the worker's time, as `started`; 0 before the end."""
-        self.request_done = fields.framing is Framing.NONE
+        self.request_done = not fields.has_body
         self.ended = False
         self.status = 0
         self.code = ""

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.stream import StreamProtocol
@@ -26,22 +26,22 @@ Wrap = Callable[[ssl.MemoryBIO, ssl.MemoryBIO], ssl.SSLObject]
 """Makes a TLS session between what comes in and what goes out."""
 
 Settled = Callable[[Exception | None], None]
-"""Called once: with None when the handshake is done, or with the reason of its failure; of a server
-when the connection is gone."""
+"""Called once: with None, or with what the handshake failed by; a server's when all is gone."""
 
-_SLICE_BYTES = 32 * 1024
-"""What is put into OpenSSL's buffer of what comes in at a time: it grows, and never shrinks.
+_SLICE_BYTES: Final = 32 * 1024
+"""What is put into OpenSSL's buffer of what comes in at a time: it grows, and never shrinks."""
 
-A part of a record in it costs an exception, so that it is not as little as on the way out.
-"""
-
-_RECORD_BYTES = 16 * 1024
+_RECORD_BYTES: Final = 16 * 1024
 """The most that one record carries (RFC 8446 5.1), and what is put in at a time on the way out."""
 
-_MAX_UNREAD_BYTES = 1024 * 1024
+_MAX_UNREAD_BYTES: Final = 1024 * 1024
 """What of TLS's own answers may wait to be sent; writers of data stop far below it."""
 
-_HANDSHAKE, _OPEN, _CLOSING, _REFUSED, _GONE = 0, 1, 2, 3, 4
+_HANDSHAKE: Final = 0
+_OPEN: Final = 1
+_CLOSING: Final = 2
+_REFUSED: Final = 3
+_GONE: Final = 4
 
 
 class TlsTransport(StreamProtocol):
@@ -119,6 +119,8 @@ class TlsTransport(StreamProtocol):
 
     def eof_received(self) -> bool:
         """Let the connection end; what comes without a close-notify is no end in order."""
+        if self._state == _OPEN:
+            self._state = _CLOSING
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -241,21 +243,18 @@ class TlsTransport(StreamProtocol):
                         break
                     filled += count
                     if filled > len(buffer) - _RECORD_BYTES:
-                        filled = self._hand_over(buffer, filled)
+                        self._protocol.data_received(bytes(buffer[:filled]))
+                        filled = 0
+                        if self._state != _OPEN:
+                            break
                 if ended or self._state != _OPEN:
                     break
         except ssl.SSLError as error:
-            failure = error
-            if self._state == _OPEN:  # and not the end of what is read over
-                self._failure = error
-        self._hand_over(buffer, filled)
+            failure = self._failure = error
+        if filled:
+            self._protocol.data_received(bytes(buffer[:filled]))
         if ended or failure is not None or self._outgoing.pending:
             self._after_reading(ended, failure)
-
-    def _hand_over(self, buffer: memoryview, filled: int) -> int:
-        if filled and self._state == _OPEN:
-            self._protocol.data_received(bytes(buffer[:filled]))
-        return 0
 
     def _after_reading(self, ended: bool, failure: Exception | None) -> None:
         """Act on what is rare: the peer's end, a failure, an answer that TLS itself gives."""
@@ -277,10 +276,7 @@ class TlsTransport(StreamProtocol):
                 self._raw.close()
 
     def _fail(self, failure: Exception) -> None:
-        """End what cannot go on, once the alert that says why is sent, where OpenSSL has made one.
-
-        An event loop may hold what is written until its next turn, and `abort` would drop it.
-        """
+        """End what cannot go on, once the alert that says why is sent; `abort` would drop it."""
         self._failure = self._failure or failure  # a session that has failed fails writers, too
         self._state = _CLOSING
         if self._outgoing.pending:
@@ -292,9 +288,13 @@ class TlsTransport(StreamProtocol):
 
     def _flush(self) -> None:
         if self._outgoing.pending:
-            data = self._outgoing.read()
-            if not self._raw.is_closing():
-                self._raw.write(data)
+            self._send(self._outgoing.read())
+
+    def _send(self, records: bytes) -> None:
+        try:  # noqa: SIM105 - `suppress` costs as much as the call
+            self._raw.write(records)
+        except RuntimeError:
+            pass  # the event loop has closed it, and is about to say so
 
     def _say_goodbye(self) -> None:
         with contextlib.suppress(ssl.SSLError):  # it wants to read the peer's
@@ -337,14 +337,14 @@ class TlsTransport(StreamProtocol):
         try:
             if len(data) <= _RECORD_BYTES:
                 self._sslobj.write(data)
-                self._raw.write(self._outgoing.read())
+                self._send(self._outgoing.read())
                 return
             view = memoryview(data)
             pieces: list[bytes] = []
             for at in range(0, len(data), _RECORD_BYTES):
                 self._sslobj.write(view[at : at + _RECORD_BYTES])
                 pieces.append(self._outgoing.read())
-            self._raw.write(b"".join(pieces))
+            self._send(b"".join(pieces))
         except ssl.SSLError as error:
             self._fail(error)
 
@@ -369,7 +369,7 @@ class TlsTransport(StreamProtocol):
 
     def is_closing(self) -> bool:
         """Tell whether the connection is on its way out."""
-        return self._state != _OPEN or bool(self._raw.is_closing())
+        return self._state != _OPEN
 
     def pause_reading(self) -> None:
         """Stop reading."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Protocol, cast
+from typing import Any, Final
 
 from dstack_mesh.errors import MeshError
 from dstack_mesh.model import PeerIdentity
@@ -13,40 +13,44 @@ from dstack_mesh.relay.stream import StreamProtocol
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.wire.translate import ResponseRules
 
-_WRITE_HIGH_WATER = 128 * 1024
+_WRITE_HIGH_WATER: Final = 128 * 1024
 """Bytes a transport may hold before its source is paused."""
 
 
-class ResponseSink(Protocol):
+class ResponseSink:
     """What an upstream connection tells the exchange that it carries."""
+
+    __slots__ = ()
 
     def response_data(self, data: bytes) -> None:
         """Take what was read."""
-        ...
+        raise NotImplementedError
 
     def upstream_lost(self, upstream: Upstream, exc: Exception | None) -> None:
         """Learn that the connection is gone; `upstream.clean_end` tells how."""
-        ...
+        raise NotImplementedError
 
     def upstream_writable(self, writable: bool) -> None:
         """Pause or resume the request's source."""
-        ...
+        raise NotImplementedError
 
 
-class Connector(Protocol):
+class Connector:
     """Opens connections to one destination, ready to carry requests."""
+
+    __slots__ = ()
 
     async def connect(self, lane: Lane) -> Upstream:
         """Open a connection; for a mesh target, verified. Raises a `MeshError`."""
-        ...
+        raise NotImplementedError
 
     def lost(self, exc: Exception | None) -> MeshError:
         """Name the error of a connection that ended before a response began."""
-        ...
+        raise NotImplementedError
 
     def generation(self) -> int:
         """Give the number that a connection must have been made under to be used again."""
-        ...
+        raise NotImplementedError
 
 
 class Upstream(StreamProtocol):
@@ -71,7 +75,7 @@ class Upstream(StreamProtocol):
 
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
-        self.transport: asyncio.Transport
+        self.transport: Any = None
         self.exchange: ResponseSink | None = None
         self.writable = True
         self.clean_end = False
@@ -123,8 +127,7 @@ class Upstream(StreamProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.BaseProtocol`."""
-
-        self.transport = cast("asyncio.Transport", transport)
+        self.transport = transport
         self.transport.set_write_buffer_limits(high=_WRITE_HIGH_WATER)
 
     def data_received(self, data: bytes) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from dstack_mesh.relay.deadlines import Deadlines, Expiring, Timeouts
 
@@ -20,7 +20,7 @@ _MAX_AGE = 60 * 60.0
 class UpstreamConnection(Expiring, Protocol):
     """A connection in a worker's books."""
 
-    transport: asyncio.Transport
+    transport: Any
     expires_at: float
 
 

@@ -66,9 +66,11 @@ def behind_body(fields: RequestFields, data: bytes) -> bytes | None:
 class ResponseHead:
     """What a response's head says, and what of it goes on. Never changed once made."""
 
-    __slots__ = ("fields", "keeps", "line", "plain")
+    __slots__ = ("fields", "keeps", "line", "plain", "text")
 
-    def __init__(self, line: StatusLine, fields: ResponseFields) -> None:
+    def __init__(self, text: bytes, line: StatusLine, fields: ResponseFields) -> None:
+        self.text = text
+        """As it came."""
         self.line = line
         self.fields = fields
         self.keeps = fields.persists(line.minor)
@@ -83,12 +85,14 @@ class ResponseHead:
 class ResponseRules:
     """What becomes of response fields in one direction: names to take out, and one to mark."""
 
-    __slots__ = ("_memo", "_remote_errors", "remove")
+    __slots__ = ("_memo", "_remote_errors", "last_plain", "remove")
 
     def __init__(self, *, remote_errors: bool) -> None:
         """`remote_errors`: keep another mesh's error header, marked as such, or take it out."""
         self._remote_errors = remote_errors
         self.remove = frozenset((b"x-dstack-mesh-error",))
+        self.last_plain: ResponseHead | None = None
+        """The ordinary head that came last: servers answer the same again."""
         self._memo: BlockMemo[ResponseHead] = BlockMemo(self._parse)
 
     def head(self, text: bytes) -> ResponseHead:
@@ -103,7 +107,7 @@ class ResponseRules:
             for name, value in fields.removed:
                 if name == b"x-dstack-mesh-error" and _is_error_code(value):
                     fields.forwarded += b"x-dstack-mesh-error: %b; remote\r\n" % value
-        return ResponseHead(line, fields)
+        return ResponseHead(text, line, fields)
 
 
 class Response:
@@ -153,6 +157,10 @@ class Response:
         if self._decoder is not None:
             return self._body(data, self._decoder)
         self.touched = True
+        if not self._partial and self._may_be_plain():
+            last = self._rules.last_plain
+            if last is not None and data.startswith(last.text):
+                return self._plain(last, data[len(last.text) :])
         seen = len(self._partial)
         text = self._partial + data if seen else data
         out = b""
@@ -161,7 +169,8 @@ class Response:
                 raise UpstreamProtocolError(_HEAD_TOO_LARGE)
             head = self._rules.head(text[: end + 4])
             text = text[end + 4 :]
-            if head.plain and self._client_minor and self.keep_client and self._method != b"HEAD":
+            if head.plain and self._may_be_plain():
+                self._rules.last_plain = head
                 return out + self._plain(head, text)
             seen = 0
             line, fields = head.line, head.fields
@@ -174,6 +183,10 @@ class Response:
             out += self._interim(line, fields)
         self._hold(text, seen)
         return out
+
+    def _may_be_plain(self) -> bool:
+        """Tell whether a head needs nothing added, and its body is as it declares."""
+        return self._client_minor == 1 and self.keep_client and self._method != b"HEAD"
 
     def end(self, clean: bool) -> bytes | None:
         """Give the last bytes to send now that the connection has ended; `None`: broken off."""
