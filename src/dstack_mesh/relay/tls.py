@@ -276,7 +276,7 @@ class TlsTransport(StreamProtocol):
                 self._raw.close()
 
     def _fail(self, failure: Exception) -> None:
-        """End what cannot go on, once the alert that says why is sent; `abort` would drop it."""
+        """End what cannot go on, once what was written and the alert are sent."""
         self._failure = self._failure or failure  # a session that has failed fails writers, too
         self._state = _CLOSING
         if self._outgoing.pending:
