@@ -15,9 +15,8 @@ from dstack_mesh.policy.allow import Allow
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.dial import PlainConnector, authority
 from dstack_mesh.relay.interfaces import Handler, Plan
+from dstack_mesh.relay.lane import Route
 from dstack_mesh.relay.pool import Pool
-from dstack_mesh.relay.upstream import Route
-from dstack_mesh.wire.memo import BlockMemo
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
 from dstack_mesh.wire.translate import ResponseRules
 
@@ -69,9 +68,6 @@ class Terminator:
         self.count_decision = count_decision
         self.identity = identity
         self.allow = options.allow
-        self.plans: BlockMemo[InboundPlan] = BlockMemo(
-            lambda block: InboundPlan(parse_request_fields(block, 1, _REMOVE))
-        )
         self.rules = ResponseRules(remote_errors=False)
         self.host = authority(options.backend)
         self.lane = pool.lane(
@@ -125,8 +121,6 @@ class Caller(Handler[InboundPlan]):
 
     def plan(self, line: RequestLine, block: bytes) -> InboundPlan:
         """See `Handler`."""
-        if line.minor and line.authority is None:
-            return self._shared.plans.get(block)
         return InboundPlan(parse_request_fields(block, line.minor, _REMOVE, line.authority))
 
     def route(
