@@ -24,12 +24,12 @@ from dstack_mesh.model import PeerIdentity, Role
 from dstack_mesh.outbound.target import Endpoint
 from dstack_mesh.relay.dial import open_socket, reason
 from dstack_mesh.relay.lane import Lane
-from dstack_mesh.relay.tls import open_tls
+from dstack_mesh.relay.tls_client import open_tls
 from dstack_mesh.relay.upstream import Connector, Upstream
 from dstack_mesh.relay.worker import Worker
 
 OpenTls = Callable[[Worker, socket.socket, Upstream, ssl.SSLContext, str | None], Awaitable[object]]
-"""What `relay.tls.open_tls` is, and what tests put in its place."""
+"""What `relay.tls_client.open_tls` is, and what tests put in its place."""
 
 
 class MeshConnector(Connector):

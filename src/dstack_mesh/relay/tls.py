@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import ssl
 from collections.abc import Callable
 from typing import Any, Final
@@ -27,14 +26,13 @@ Wrap = Callable[[ssl.MemoryBIO, ssl.MemoryBIO], ssl.SSLObject]
 """Makes a TLS session between what comes in and what goes out."""
 
 Settled = Callable[[Exception | None], None]
-"""Called once: with None when the handshake is done, or with the reason of its failure; of a server
-when the connection is gone."""
+"""Called once: with None, or with what the handshake failed by; a server's when all is gone."""
 
 _SLICE_BYTES: Final = 32 * 1024
-"""What is put into OpenSSL's buffers at a time: they grow, and never shrink."""
+"""What is put into OpenSSL's buffer of what comes in at a time: it grows, and never shrinks."""
 
 _RECORD_BYTES: Final = 16 * 1024
-"""The most that one record carries (RFC 8446 5.1)."""
+"""The most that one record carries (RFC 8446 5.1), and what is put in at a time on the way out."""
 
 _MAX_UNREAD_BYTES: Final = 1024 * 1024
 """What of TLS's own answers may wait to be sent; writers of data stop far below it."""
@@ -43,6 +41,7 @@ _HANDSHAKE: Final = 0
 _OPEN: Final = 1
 _CLOSING: Final = 2
 _REFUSED: Final = 3
+_GONE: Final = 4
 
 
 class TlsTransport(StreamProtocol):
@@ -80,8 +79,7 @@ class TlsTransport(StreamProtocol):
         """`deadline` is the handshake's, in the worker's time."""
         self.worker = worker
         self.deadline = deadline
-        self.ssl_object: Any = None
-        """An `ssl.SSLObject`, once there is one."""
+        self.ssl_object: Any = None  # an `ssl.SSLObject`, once there is one
         self._protocol = protocol
         self._wrap = wrap
         self._settled: Settled | None = settled
@@ -103,8 +101,7 @@ class TlsTransport(StreamProtocol):
             return
         if self.deadline is not NEVER:
             self.worker.deadlines.watch(self)
-        if not self._server_side:
-            self._begin()
+        if not self._server_side and self._begin():
             self._shake_hands()
 
     def data_received(self, data: bytes) -> None:
@@ -114,24 +111,27 @@ class TlsTransport(StreamProtocol):
                 self._receive_little(data)
             else:
                 self._receive_much(data)
-        elif self._state == _HANDSHAKE:
-            if self._sslobj is None:
-                self._begin()
-            self._incoming.write(data)
+        elif self._state == _HANDSHAKE and (self._sslobj is not None or self._begin()):
+            self._incoming.write(data[:_SLICE_BYTES])
             self._shake_hands()
+            if len(data) > _SLICE_BYTES:
+                self.data_received(data[_SLICE_BYTES:])
 
     def eof_received(self) -> bool:
         """Let the connection end; what comes without a close-notify is no end in order."""
+        if self._state == _OPEN:
+            self._state = _CLOSING
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell whoever still waits."""
-        state, self._state = self._state, _REFUSED
+        state, self._state = self._state, _GONE
         self.worker.deadlines.unwatch(self)
+        failure = self._failure or exc
+        # Settled before, unless the handshake failed, or `connection_made` did.
+        self._settle(failure or ConnectionResetError("the peer ended it"))
         if state in (_OPEN, _CLOSING):
-            self._protocol.connection_lost(self._failure or exc)
-        else:
-            self._settle(self._failure or exc or ConnectionResetError("the peer ended it"))
+            self._protocol.connection_lost(failure)
 
     def pause_writing(self) -> None:
         """Pass on what the event loop wishes."""
@@ -145,12 +145,22 @@ class TlsTransport(StreamProtocol):
 
     # The handshake.
 
-    def _begin(self) -> None:
-        self._incoming = ssl.MemoryBIO()
-        self._outgoing = ssl.MemoryBIO()
-        self.ssl_object = self._wrap(self._incoming, self._outgoing)
+    def _begin(self) -> bool:
+        """Tell whether there is a session to shake hands with."""
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        try:
+            self.ssl_object = self._wrap(self._incoming, self._outgoing)
+        except Exception as error:  # raised on, it would be lost in the event loop
+            self._give_up(error)
+            return False
         # What `ssl.SSLObject` wraps has the same methods, and they cost no Python frame.
         self._sslobj = self.ssl_object._sslobj  # noqa: SLF001 - see above
+        return True
+
+    def _give_up(self, failure: Exception) -> None:
+        self._state = _REFUSED
+        self._failure = failure
+        self._raw.abort()
 
     def _shake_hands(self) -> None:
         try:
@@ -188,7 +198,7 @@ class TlsTransport(StreamProtocol):
         if settled is not None:
             settled(error)
 
-    # Data.
+    # Reading.
 
     def _receive_little(self, data: bytes) -> None:
         """Decrypt what can be no more than one full record's worth."""
@@ -207,7 +217,7 @@ class TlsTransport(StreamProtocol):
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLError as error:
-            failure = error
+            failure = self._failure = error
         if found:
             self._protocol.data_received(found)
         if ended or failure is not None or self._outgoing.pending:
@@ -233,19 +243,18 @@ class TlsTransport(StreamProtocol):
                         break
                     filled += count
                     if filled > len(buffer) - _RECORD_BYTES:
-                        filled = self._hand_over(buffer, filled)
+                        self._protocol.data_received(bytes(buffer[:filled]))
+                        filled = 0
+                        if self._state != _OPEN:
+                            break
                 if ended or self._state != _OPEN:
                     break
         except ssl.SSLError as error:
-            failure = error
-        self._hand_over(buffer, filled)
+            failure = self._failure = error
+        if filled:
+            self._protocol.data_received(bytes(buffer[:filled]))
         if ended or failure is not None or self._outgoing.pending:
             self._after_reading(ended, failure)
-
-    def _hand_over(self, buffer: memoryview, filled: int) -> int:
-        if filled and self._state == _OPEN:
-            self._protocol.data_received(bytes(buffer[:filled]))
-        return 0
 
     def _after_reading(self, ended: bool, failure: Exception | None) -> None:
         """Act on what is rare: the peer's end, a failure, an answer that TLS itself gives."""
@@ -267,10 +276,15 @@ class TlsTransport(StreamProtocol):
                 self._raw.close()
 
     def _fail(self, failure: Exception) -> None:
-        self._failure = failure
+        """End what cannot go on, once what was written and the alert are sent."""
+        self._failure = self._failure or failure  # a session that has failed fails writers, too
         self._state = _CLOSING
-        self._flush()
-        self._raw.abort()
+        if self._outgoing.pending:
+            self._flush()
+            self._raw.close()
+            self._expire_after_lingering()
+        else:
+            self._raw.abort()
 
     def _flush(self) -> None:
         if self._outgoing.pending:
@@ -289,12 +303,17 @@ class TlsTransport(StreamProtocol):
 
     def _finish_sending(self) -> None:
         """End our side, and wait a while for the peer to end its own, reading what it sends."""
-        raw = self._raw
-        if not raw.is_closing():
-            raw.write_eof()
-            raw.resume_reading()
-            self.deadline = self.worker.clock() + self.worker.timeouts.linger
-            self.worker.deadlines.watch(self)
+        if not self._raw.is_closing():
+            try:
+                self._raw.write_eof()
+                self._raw.resume_reading()
+                self._expire_after_lingering()
+            except OSError:  # asyncio's own loop, where the peer has reset the connection
+                self._raw.abort()
+
+    def _expire_after_lingering(self) -> None:
+        self.deadline = self.worker.clock() + self.worker.timeouts.linger
+        self.worker.deadlines.watch(self)
 
     # What the sweep calls.
 
@@ -302,10 +321,9 @@ class TlsTransport(StreamProtocol):
         """Give up a handshake, or a peer that does not end its side."""
         self.deadline = NEVER
         if self._state == _HANDSHAKE:
-            self._state = _REFUSED
-            self._failure = TimeoutError("the handshake did not finish in time")
-            self._raw.abort()
-        elif self._raw.get_write_buffer_size():  # it reads slowly; the protocol knows how long
+            self._give_up(TimeoutError("the handshake did not finish in time"))
+        elif self._failure is None and self._raw.get_write_buffer_size():
+            # It reads slowly; the protocol knows how long it may.
             self.deadline = now + self.worker.timeouts.linger
         else:
             self._raw.abort()
@@ -317,14 +335,14 @@ class TlsTransport(StreamProtocol):
         if self._state != _OPEN:
             return
         try:
-            if len(data) <= _SLICE_BYTES:
+            if len(data) <= _RECORD_BYTES:
                 self._sslobj.write(data)
                 self._send(self._outgoing.read())
                 return
             view = memoryview(data)
             pieces: list[bytes] = []
-            for at in range(0, len(data), _SLICE_BYTES):
-                self._sslobj.write(view[at : at + _SLICE_BYTES])
+            for at in range(0, len(data), _RECORD_BYTES):
+                self._sslobj.write(view[at : at + _RECORD_BYTES])
                 pieces.append(self._outgoing.read())
             self._send(b"".join(pieces))
         except ssl.SSLError as error:
@@ -346,7 +364,7 @@ class TlsTransport(StreamProtocol):
             self._failure = ConnectionAbortedError("the handshake was given up")
         elif self._state == _OPEN:
             self._state = _CLOSING
-        if self._raw is not None:
+        if self._raw is not None and self._state != _GONE:
             self._raw.abort()
 
     def is_closing(self) -> bool:
@@ -380,40 +398,3 @@ class TlsTransport(StreamProtocol):
         if name == "ssl_object":
             return self.ssl_object
         return self._raw.get_extra_info(name, default)
-
-
-async def open_tls(
-    worker: Worker,
-    sock: socket.socket,
-    protocol: StreamProtocol,
-    context: ssl.SSLContext,
-    server_name: str | None,
-    session: ssl.SSLSession | None = None,
-) -> TlsTransport:
-    """Do the client's side of TLS on `sock`, which is connected and non-blocking.
-
-    `protocol` has been told of the connection when this returns. Raises `ssl.SSLError`, or an
-    `OSError` where the connection ended. Set a time limit around it: who is cancelled lets go of
-    the socket.
-    """
-    done: asyncio.Future[None] = worker.loop.create_future()
-
-    def wrap(incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> ssl.SSLObject:
-        return context.wrap_bio(incoming, outgoing, False, server_name, session)
-
-    def settled(error: Exception | None) -> None:
-        if done.done():
-            return
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
-
-    transport = TlsTransport(worker, protocol, wrap, settled, server_side=False)
-    try:
-        await worker.loop.create_connection(transport.as_protocol, sock=sock)
-        await done
-    except asyncio.CancelledError:
-        transport.abort()
-        raise
-    return transport
