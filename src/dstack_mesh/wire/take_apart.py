@@ -9,15 +9,17 @@ Where there is a C compiler this is done by `_take_apart.c`, and this text says 
 
 from __future__ import annotations
 
-from typing import Final
+import contextlib
+from typing import Any, Final
 
 from dstack_mesh.wire.fields import is_token, likeness
 from dstack_mesh.wire.limits import MAX_FIELDS
 
-try:
-    from dstack_mesh.wire import _take_apart as compiled
-except ImportError:  # a wheel, or a checkout, without what a C compiler makes
-    compiled = None  # type: ignore[assignment]
+_compiled: Any = None
+with contextlib.suppress(ImportError):  # a wheel, or a checkout, without what a C compiler makes
+    from dstack_mesh.wire import _take_apart
+
+    _compiled = _take_apart
 
 DROP_EXACT: Final = 1
 """A field of this name, in any case, does not go on."""
@@ -41,14 +43,15 @@ _ORDINARY: Final = -1
 class NormalForm:
     """Takes blocks of field lines apart, by a table of names and what to do with each."""
 
-    __slots__ = ("_compiled", "_flags", "_known", "_places")
+    __slots__ = ("_flags", "_in_c", "_known", "_places", "_table")
 
-    def __init__(self, table: tuple[tuple[bytes, int], ...], *, pure: bool = False) -> None:
+    def __init__(self, table: tuple[tuple[bytes, int], ...], in_c: Any = _compiled) -> None:
         """Names are lower-case, of 1 to 32 bytes, letters and digits with `-` between.
 
-        `pure`: not by C, though it were there.
+        `in_c` is the module that does the work; None: it is done here.
         """
-        self._compiled = None if compiled is None or pure else compiled.table(table)
+        self._in_c = in_c.take_apart if in_c is not None else None
+        self._table = in_c.table(table) if in_c is not None else None
         self._flags = [flags for _, flags in table]
         self._places = {name: place for place, (name, _) in enumerate(table)}
         # Names come again and again, so each is looked at once: its place, and whether it is exact.
@@ -56,8 +59,9 @@ class NormalForm:
 
     def take_apart(self, block: bytes) -> tuple[bytes, list[Found]] | None:
         """Give the lines that go on, and what was found; None for a block of another form."""
-        if self._compiled is not None:
-            return compiled.take_apart(block, self._compiled)
+        if self._in_c is not None:
+            parts: tuple[bytes, list[Found]] | None = self._in_c(block, self._table)
+            return parts
         lines = block.split(b"\r\n")
         count = len(lines) - 1
         # Of control bytes there are only the line ends.

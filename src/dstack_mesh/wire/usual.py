@@ -53,7 +53,7 @@ class Usual:
 
     def __init__(self, rest: bytes) -> None:
         self.rest = rest
-        """Field lines that go on: without `Connection`, `Transfer-Encoding`, and what is removed."""
+        """The lines that go on: without `Connection`, `Transfer-Encoding` and what is removed."""
         self.removed: list[Field] = []
         """Fields of the set to remove: lower-cased names and values, in their order."""
         self.host: bytes | None = None
