@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from tests.wire.in_c import module_or_none
+
 from dstack_mesh.wire.fields import MalformedError, likeness, parse_fields, serialise
 from dstack_mesh.wire.take_apart import DROP_ALIKE, DROP_EXACT, TELL_ALIKE, Found, NormalForm
-from tests.wire.in_c import module_or_none
 
 TABLE = (
     (b"connection", DROP_EXACT),

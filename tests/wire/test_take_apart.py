@@ -1,6 +1,7 @@
 """Python's way and C's take the same apart, and give what the strict parser says.
 
-C's is compiled here, with every warning an error, and once more with what finds undefined behaviour.
+C's is compiled here, with every warning an error, and once more with what finds undefined
+behaviour.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tests.wire.in_c import SANITIZED, STRICT, CannotBuildError, build
 
 from dstack_mesh.wire import take_apart
 from dstack_mesh.wire.fields import MalformedError, likeness, parse_fields, serialise
 from dstack_mesh.wire.limits import MAX_FIELDS
 from dstack_mesh.wire.take_apart import DROP_ALIKE, DROP_EXACT, TELL_ALIKE, NormalForm
-from tests.wire.in_c import SANITIZED, STRICT, CannotBuildError, build
 
 Parts = tuple[bytes, list[tuple[int, bool, bytes, bytes]]]
 
@@ -39,7 +40,7 @@ NAMES = [name for name, _ in TABLE]
 
 HEAD = (
     b"Host: a.example\r\nConnection: keep-alive\r\nUser-Agent: curl/8.5.0\r\nAccept: */*\r\n"
-    b"X-Own: 1\r\nx_own: 2\r\nX-Id: 7\r\nx.id: 8\r\nX-Alike: 3\r\nX_Alike: 4\r\nCookie: a=1; b=2\r\n"
+    b"X-Own: 1\r\nx_own: 2\r\nX-Id: 7\r\nx.id: 8\r\nX-Alike: 3\r\nX_Alike: 4\r\nCookie: a=1\r\n"
 )
 
 
@@ -81,9 +82,12 @@ def by_the_strict_parser(block: bytes) -> Parts | None:
 
 
 def test_what_is_in_the_table_is_found_and_dropped_as_it_says(way: Any) -> None:
-    assert NormalForm(TABLE, way).take_apart(HEAD) == (
+    rest = (
         b"Host: a.example\r\nUser-Agent: curl/8.5.0\r\nAccept: */*\r\n"
-        b"X-Id: 7\r\nx.id: 8\r\nX-Alike: 3\r\nCookie: a=1; b=2\r\n",
+        b"X-Id: 7\r\nx.id: 8\r\nX-Alike: 3\r\nCookie: a=1\r\n"
+    )
+    assert NormalForm(TABLE, way).take_apart(HEAD) == (
+        rest,
         [
             (0, True, b"Host", b"a.example"),
             (1, True, b"Connection", b"keep-alive"),

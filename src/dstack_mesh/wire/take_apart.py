@@ -48,8 +48,9 @@ class NormalForm:
     __slots__ = ("_flags", "_in_c", "_known", "_places", "_table")
 
     def __init__(self, table: tuple[tuple[bytes, int], ...], in_c: Any = _compiled) -> None:
-        """`table` has at most 32 names, each once: lower-case, of 1 to 32 bytes, all but letters and
-        digits written `-` (`likeness`). Raises ValueError for others.
+        """`table` has at most 32 names, each once: as `likeness` writes them, of 1 to 32 bytes.
+
+        Raises ValueError for others.
 
         `in_c` is the module that does the work; None: it is done here.
         """
