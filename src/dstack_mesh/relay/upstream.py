@@ -69,6 +69,9 @@ class Connector:
         """Name the error of a connection that ended before a response began."""
         raise NotImplementedError
 
+    def forgotten(self, upstream: Upstream) -> None:
+        """Learn that a connection that was ready is gone."""
+
     def generation(self) -> int:
         """Give the number that a connection must have been made under to be used again."""
         raise NotImplementedError
