@@ -12,10 +12,13 @@ from bench.cores import LAYOUT
 from bench.tools import path
 from bench.wrk import FailedRequestsError
 
-CLIENTS = 50
-"""Connections that share the rate. h2load's timer for one of them has steps of 10 ms."""
+PER_CLIENT = 100
+"""Requests a second of one connection. h2load gives each a timer of its own, of 10 ms or more."""
 
-_SHARE = 0.98
+_STEP_MS = 11
+"""From one connection's start to the next: all at once they would ask in bursts."""
+
+_SHARE = 0.95
 """How much of the rate has to be reached for the run to count: else it was saturated."""
 
 
@@ -24,10 +27,13 @@ def run(url: str, *, rate: int, seconds: float, headers: Sequence[str] = ()) -> 
 
     Raises `FailedRequestsError` where any answer is not 200, or the rate was not reached.
     """
+    connections = max(1, rate // PER_CLIENT)
+    ramp = connections * _STEP_MS / 1000
+    total = connections * round(PER_CLIENT * (seconds + ramp))
     with tempfile.TemporaryDirectory(prefix="mesh-bench-") as directory:
         log = Path(directory) / "log"
-        command = [path("h2load"), "--h1", f"-c{CLIENTS}", f"--rps={rate // CLIENTS}"]
-        command += ["-D", f"{round(seconds * 1000)}ms", f"--log-file={log}"]
+        command = [path("h2load"), "--h1", f"-c{connections}", f"-n{total}"]
+        command += [f"--rps={PER_CLIENT}", "-r1", f"--rate-period={_STEP_MS}ms", f"--log-file={log}"]
         for header in headers:
             command += ["-H", header]
         done = subprocess.run(
@@ -35,7 +41,7 @@ def run(url: str, *, rate: int, seconds: float, headers: Sequence[str] = ()) -> 
         )
         if done.returncode or not log.exists():
             raise FailedRequestsError(f"h2load: {(done.stdout + done.stderr).strip()[-600:]}")
-        times = parse_log(log.read_text())
+        times = steady(parse_log(log.read_text()), ramp, seconds)
     wanted = rate * seconds
     if len(times) < wanted * _SHARE:
         raise FailedRequestsError(
@@ -45,18 +51,25 @@ def run(url: str, *, rate: int, seconds: float, headers: Sequence[str] = ()) -> 
     return times
 
 
-def parse_log(text: str) -> list[float]:
+def parse_log(text: str) -> list[tuple[int, int]]:
     """Read `--log-file`: start in µs since 1970, status, µs until the answer's end, by tabs.
 
-    Gives milliseconds, sorted. Raises `FailedRequestsError` where a status is not 200.
+    Gives start and time. Raises `FailedRequestsError` where a status is not 200.
     """
-    times = []
+    rows = []
     for line in text.splitlines():
-        _, status, micros, *_ = line.split("\t")
+        start, status, micros, *_ = line.split("\t")
         if status != "200":
             raise FailedRequestsError(f"h2load: an answer had the status {status}")
-        times.append(int(micros) / 1000)
-    return sorted(times)
+        rows.append((int(start), int(micros)))
+    return rows
+
+
+def steady(rows: Sequence[tuple[int, int]], ramp: float, seconds: float) -> list[float]:
+    """Give the milliseconds of what was asked while all connections were there, sorted."""
+    begin = min((start for start, _ in rows), default=0) + ramp * 1e6
+    end = begin + seconds * 1e6
+    return sorted(micros / 1000 for start, micros in rows if begin <= start < end)
 
 
 def quantile(ordered: Iterable[float], share: float) -> float:

@@ -6,6 +6,7 @@ import asyncio
 import re
 import ssl
 from collections.abc import Sequence
+from typing import cast
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
@@ -29,8 +30,7 @@ class Connection(asyncio.Protocol):
         self._closed = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are no subclasses
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self._closed.done():

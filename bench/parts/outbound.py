@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.contestants import all_outbound, many_targets
-from bench.h2load import quantile
+from bench.h2load import PER_CLIENT, quantile
 from bench.h2load import run as h2load
 from bench.origin import DOMAIN, Origin, origin
 from bench.plan import Found, Plan
 from bench.race import Readings, Row, Subject, race
-from bench.turns import Meter, by_wrk
+from bench.turns import by_wrk
 
 TARGETS = 50
 
@@ -91,23 +91,22 @@ def targets(plan: Plan) -> Found:
 
 def latency(plan: Plan) -> Found:
     rate = 1_000 if plan.short else plan.rate
-    seconds = plan.seconds(3.0)
+    seconds = plan.seconds(2.5)
     with origin() as made, all_outbound(made, made.tls) as contestants:
 
         def subject(number: int) -> Subject:
             one = contestants[number]
 
             def turn() -> Readings:
-                with Meter(one.process) as meter:
-                    times = h2load(
-                        f"http://{one.address}/", rate=rate, seconds=seconds, headers=one.headers
-                    )
-                return quantiles(times) | {"cpu_us": meter.seconds / len(times) * 1e6}
+                times = h2load(
+                    f"http://{one.address}/", rate=rate, seconds=seconds, headers=one.headers
+                )
+                return quantiles(times)
 
             return Subject(one.name, turn)
 
         subjects = [subject(number) for number in range(len(contestants))]
-        rows = race(f"small GET, {rate} a second, 50 connections", subjects, plan.rounds)
+        rows = race(f"small GET, {rate:,} a second, {rate // PER_CLIENT} connections", subjects, plan.rounds)
     return Found("Outbound, latency at a fixed rate", rows)
 
 
