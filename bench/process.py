@@ -44,7 +44,12 @@ class Process:
 
     def cpu_seconds(self) -> float:
         """User and system time of all its threads together."""
-        return sum(map(_cpu_ns, self.tree())) / 1e9
+        return sum(map(self.cpu_seconds_of, self.tree()))
+
+    @staticmethod
+    def cpu_seconds_of(pid: int) -> float:
+        """User and system time of all threads of one process."""
+        return _cpu_ns(pid) / 1e9
 
     def rss_mb(self) -> float:
         """Resident memory of all its processes together, in MB; shared pages count for each."""

@@ -38,7 +38,10 @@ def small_requests(plan: Plan) -> Found:
     rows: list[Row] = []
     with origin() as made, _all(made) as contestants:
         for scenario, connections, seconds, what in _SCENARIOS:
-            with by_mtls(contestants, made.caller, connections) as connected:
+            # nginx opens a connection to the auth service for each request that is in flight; with
+            # 256 at once it needs a longer queue than a unix socket of asyncio's has by default.
+            some = contestants[:2] if connections > 100 else contestants
+            with by_mtls(some, made.caller, connections) as connected:
                 subjects = [
                     Subject(one.name, asking(one, over, plan.seconds(seconds), **what))
                     for one, over in connected
