@@ -71,7 +71,7 @@ def all_outbound(made: Origin, port: int) -> Iterator[list[Contestant]]:
 
 @contextlib.contextmanager
 def many_targets(made: Origin) -> Iterator[list[Contestant]]:
-    """Run all three in front of `made.many`, where each app-id has a name and a chain of its own."""
+    """Run all three in front of `made.many`, where each app has a name and a chain of its own."""
     app_ids = made.app_ids
     ports = nginx.free_port(), nginx.free_port()
     servers = nginx.many_targets_proxy(ports[0], made.many, made.caller, app_ids, DOMAIN)

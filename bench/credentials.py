@@ -53,7 +53,8 @@ class Authority:
         leaf, app_ca = issued.chain_pem[:2]
         files = Files(
             app_id,
-            *(self._directory / f"{name}.{suffix}" for suffix in ("pem", "key")),
+            self._directory / f"{name}.pem",
+            self._directory / f"{name}.key",
             self._root,
             self._directory / f"{name}.both",
         )

@@ -33,7 +33,12 @@ def run(url: str, *, rate: int, seconds: float, headers: Sequence[str] = ()) -> 
     with tempfile.TemporaryDirectory(prefix="mesh-bench-") as directory:
         log = Path(directory) / "log"
         command = [path("h2load"), "--h1", f"-c{connections}", f"-n{total}"]
-        command += [f"--rps={PER_CLIENT}", "-r1", f"--rate-period={_STEP_MS}ms", f"--log-file={log}"]
+        command += [
+            f"--rps={PER_CLIENT}",
+            "-r1",
+            f"--rate-period={_STEP_MS}ms",
+            f"--log-file={log}",
+        ]
         for header in headers:
             command += ["-H", header]
         done = subprocess.run(

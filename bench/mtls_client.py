@@ -1,9 +1,10 @@
 """The load over mutual TLS, as a process of its own: `python -m bench.mtls_client SPEC`.
 
-wrk and h2load can't show a certificate, and a proxy between them and the subject would need more CPU
-than the subject does. SPEC is JSON: `address`, `connections`, and for TLS `cert`, `key` and `root`.
-`headers` are field lines for every request. It opens the connections and writes the line `{}`. For each line of JSON that it then reads it does
-something and answers with a line: see `ask`, `rate`, `connect` and `burst` in `Client`.
+wrk and h2load can't show a certificate, and a proxy between them and the subject would need more
+CPU than the subject does. SPEC is JSON: `address`, `connections`, `headers` (field lines for each
+request), and for TLS `cert`, `key` and `root`. It opens the connections and writes the line `{}`.
+For each line of JSON that it then reads, it does something and answers with a line: see `ask`,
+`rate`, `connect` and `burst` in `Client`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One connection of the load over mutual TLS: requests out, answers counted, as cheaply as can be."""
+"""One connection of the load over mutual TLS: asks and counts answers as cheaply as can be."""
 
 from __future__ import annotations
 

@@ -41,6 +41,9 @@ class Origin:
     many: int
     """Is a different app for each of the names `{app-id}-443s.bench.test`."""
 
+    status: int
+    """Tells how many requests there were (`bench/counter.py`)."""
+
     app_ids: list[str]
     """The apps behind `many`."""
 
@@ -51,19 +54,26 @@ def origin(*, targets: int = 0) -> Iterator[Origin]:
     with tempfile.TemporaryDirectory(prefix="mesh-bench-") as name:
         directory = Path(name)
         authority = Authority(directory)
-        ports = [nginx.free_port() for _ in range(6)]
+        plain, tls, once, resuming, many_port, status, sink_port = (
+            nginx.free_port() for _ in range(7)
+        )
         many = [authority.issue(f"target-{number}", DOMAIN) for number in range(targets)]
         made = Origin(
             directory,
             authority,
             authority.issue("a"),
             authority.issue("b"),
-            *ports[:5],
-            app_ids=[files.app_id for files in many],
+            plain,
+            tls,
+            once,
+            resuming,
+            many_port,
+            status,
+            [files.app_id for files in many],
         )
         _write_files(directory / "files")
-        servers = _servers(made, many, sink_port=ports[5])
-        with _sink(ports[5]), nginx.running(directory / "origin", servers, "load"):
+        servers = _servers(made, many, sink_port)
+        with _sink(sink_port), nginx.running(directory / "origin", servers, "load"):
             yield made
 
 
@@ -98,12 +108,17 @@ def _servers(made: Origin, many: list[Files], sink_port: int) -> str:
     target = _tls(made.target)
     servers = [
         f"upstream sink {{ server 127.0.0.1:{sink_port}; keepalive 64; }}",
+        f"server {{ listen 127.0.0.1:{made.status}; location / {{ stub_status; }} }}",
         f"server {{ listen 127.0.0.1:{made.plain} backlog=1024; {locations} }}",
         f"server {{ listen 127.0.0.1:{made.tls} ssl backlog=1024; {target} {locations} }}",
-        f"server {{ listen 127.0.0.1:{made.once} ssl backlog=1024; {target}"
-        f" keepalive_timeout 0; ssl_session_tickets off; {locations} }}",
-        f"server {{ listen 127.0.0.1:{made.resuming} ssl backlog=1024; {target}"
-        f" keepalive_timeout 0; ssl_session_cache shared:resuming:1m; {locations} }}",
+        (
+            f"server {{ listen 127.0.0.1:{made.once} ssl backlog=1024; {target}"
+            f" keepalive_timeout 0; ssl_session_tickets off; {locations} }}"
+        ),
+        (
+            f"server {{ listen 127.0.0.1:{made.resuming} ssl backlog=1024; {target}"
+            f" keepalive_timeout 0; ssl_session_cache shared:resuming:1m; {locations} }}"
+        ),
     ]
     servers += [
         f"server {{ listen 127.0.0.1:{made.many} ssl; {_tls(files)}"

@@ -21,12 +21,9 @@ class Plan:
     idle: int = 10_000
     """Idle connections where memory is measured."""
 
-    def seconds(self, full: float, connections: int = 0) -> float:
-        """Give how long one turn lasts that takes `full` seconds in a complete run.
-
-        In a short run it is still enough to open so many `connections` in the warm-up.
-        """
-        return min(full, 0.2 + connections / 400) if self.short else full
+    def seconds(self, full: float) -> float:
+        """Give how long one turn lasts that takes `full` seconds in a complete run."""
+        return min(full, 0.25) if self.short else full
 
 
 @dataclass

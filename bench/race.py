@@ -77,9 +77,13 @@ def spread(values: list[float]) -> Spread:
 
 
 def race(scenario: str, subjects: list[Subject], rounds: int) -> list[Row]:
-    """Run all subjects once to warm up, and then in turn, `rounds` times."""
-    for subject in subjects:
-        subject.turn()
+    """Run all subjects once to warm up, and then in turn, `rounds` times.
+
+    One round only has nothing to be compared with, and no warm-up.
+    """
+    if rounds > 1:
+        for subject in subjects:
+            subject.turn()
     found: dict[str, dict[str, list[float]]] = {}
     for _ in range(rounds):
         for subject in subjects:

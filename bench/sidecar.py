@@ -59,7 +59,10 @@ def sidecar(env: Mapping[str, str], role: Role = None) -> Iterator[Process]:
         command = [python(), "-m", "dstack_mesh", "run", "--ready-file", str(ready)]
         # The harness's own environment has settings only by accident.
         clean = {key: value for key, value in os.environ.items() if not key.startswith("MESH_")}
-        with log.open("wb") as out, running(command, role, env=clean | env, stderr=out) as process:
+        with (
+            log.open("wb") as out,
+            running(command, role, env={**clean, **env}, stderr=out) as process,
+        ):
 
             def is_ready() -> bool:
                 if process.poll() is not None:

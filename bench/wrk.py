@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.cores import LAYOUT
@@ -14,8 +14,7 @@ from bench.tools import path
 
 LUA = Path(__file__).parent / "lua"
 
-_DONE = re.compile(r"(\d+) requests in ([\d.]+)(us|ms|s|m|h),")
-_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DONE = re.compile(r"(\d+) requests in ")
 _END_SECONDS = 20.0
 
 
@@ -23,29 +22,16 @@ class FailedRequestsError(Exception):
     """Some requests of a run failed: whatever it measured is not what was to be measured."""
 
 
-@dataclass(frozen=True)
-class Load:
-    """What was done in a run."""
-
-    requests: int
-    seconds: float
-
-    @property
-    def rate(self) -> float:
-        """Requests per second."""
-        return self.requests / self.seconds
-
-
-def run(
+@contextlib.contextmanager
+def running(
     url: str,
     *,
     connections: int,
-    seconds: float,
     headers: Sequence[str] = (),
     script: str | None = None,
     arguments: Sequence[str] = (),
-) -> Load:
-    """Ask over and over for `seconds`, which may be a part of one. Raises `FailedRequestsError`.
+) -> Iterator[None]:
+    """Ask over and over until the block ends. Raises `FailedRequestsError` then.
 
     `script` is a file in `bench/lua`, and `arguments` are what it gets.
     """
@@ -60,20 +46,18 @@ def run(
         LAYOUT.pin(command, "load"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        try:
-            output = process.communicate(timeout=seconds)[0]
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            output = process.communicate(timeout=_END_SECONDS)[0]
+        yield
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=_END_SECONDS)[0]
     finally:
         process.kill()
-        process.wait()
-    return parse(output)
+        process.communicate()
+    parse(output)
 
 
-def parse(output: str) -> Load:
-    """Read what wrk printed. Raises `FailedRequestsError` where any request failed."""
+def parse(output: str) -> int:
+    """Give how many requests wrk counted. Raises `FailedRequestsError` where any of them failed."""
     match = _DONE.search(output)
     if match is None or "Non-2xx" in output or "Socket errors" in output or match[1] == "0":
         raise FailedRequestsError(f"wrk: {output.strip()[-600:]}")
-    return Load(int(match[1]), float(match[2]) * _SECONDS[match[3]])
+    return int(match[1])

@@ -21,15 +21,15 @@ def run(plan: Plan) -> Found:
     rows: list[Row] = []
     with origin() as made:
         with _direct(made) as mesh, _nginx_to_nginx(made) as peer:
-            rows += _race("client, server, backend", [mesh, peer], plan)
+            rows += _race("client, server, backend", [mesh, peer], made, plan)
         with _through_gateway(made) as mesh:
-            rows += _race("client, the simulator's gateway, server, backend", [mesh], plan)
+            rows += _race("client, the simulator's gateway, server, backend", [mesh], made, plan)
     return Found("The whole chain: small GET, 32 connections", rows)
 
 
-def _race(scenario: str, chains: list[Contestant], plan: Plan) -> list[Row]:
+def _race(scenario: str, chains: list[Contestant], made: Origin, plan: Plan) -> list[Row]:
     def subject(chain: Contestant) -> Subject:
-        asked = by_wrk(chain, "/", _CONNECTIONS, plan.seconds(2.0))
+        asked = by_wrk(chain, made, "/", _CONNECTIONS, plan.seconds(2.0))
 
         def turn() -> Readings:
             readings = asked.turn()

@@ -63,12 +63,15 @@ def _run(plan: Plan, scenarios: tuple[Scenario, ...]) -> list[Row]:
     rows: list[Row] = []
     with origin() as made, all_outbound(made, made.tls) as contestants:
         for scenario in scenarios:
+            if plan.short and scenario.connections > 100:
+                continue  # opening them takes longer than all the rest
             subjects = [
                 by_wrk(
                     one,
+                    made,
                     scenario.path,
                     scenario.connections,
-                    plan.seconds(scenario.seconds, scenario.connections),
+                    plan.seconds(scenario.seconds),
                     scenario.script,
                     scenario.arguments,
                 )
@@ -82,7 +85,7 @@ def targets(plan: Plan) -> Found:
     count = 5 if plan.short else TARGETS
     with origin(targets=count) as made, many_targets(made) as contestants:
         subjects = [
-            by_wrk(one, "/", 32, plan.seconds(1.5), "targets.lua", (DOMAIN, *made.app_ids))
+            by_wrk(one, made, "/", 32, plan.seconds(1.5), "targets.lua", (DOMAIN, *made.app_ids))
             for one in contestants
         ]
         rows = race(f"small GET to {count} apps in turn, 32 connections", subjects, plan.rounds)
@@ -106,7 +109,9 @@ def latency(plan: Plan) -> Found:
             return Subject(one.name, turn)
 
         subjects = [subject(number) for number in range(len(contestants))]
-        rows = race(f"small GET, {rate:,} a second, {rate // PER_CLIENT} connections", subjects, plan.rounds)
+        rows = race(
+            f"small GET, {rate:,} a second, {rate // PER_CLIENT} connections", subjects, plan.rounds
+        )
     return Found("Outbound, latency at a fixed rate", rows)
 
 
@@ -132,7 +137,7 @@ def _new(scenario: str, plan: Plan, made: Origin, port: int) -> list[Row]:
     with all_outbound(made, port) as contestants:
 
         def subject(number: int) -> Subject:
-            asked = by_wrk(contestants[number], "/", 8, plan.seconds(1.0))
+            asked = by_wrk(contestants[number], made, "/", 8, plan.seconds(1.0))
 
             def turn() -> Readings:
                 readings = asked.turn()

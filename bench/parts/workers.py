@@ -1,8 +1,8 @@
 """Two workers beside one: how much more goes through where each has a core to itself.
 
-On two cores the load needs one of them, so it can't be timed. It follows from what can: both workers
-run on the subject's core, and are measured for CPU per request and for the part of the requests'
-CPU that the busier of them takes. That one is saturated first, and then
+On two cores the load needs one of them, so it can't be timed. It follows from what can: both
+workers run on the subject's core, and are measured for CPU per request and for the part of the
+CPU time that the busier of them takes. That one is saturated first, and then
 
     speed-up = CPU per request with one worker / (CPU per request with two * the busier's part)
 """
@@ -38,13 +38,13 @@ def _race(made: Origin, one: Contestant, two: Contestant, plan: Plan) -> list[Ro
     speedups: list[float] = []
 
     def single() -> Readings:
-        readings = by_wrk(one, "/", 64, plan.seconds(1.5, 64)).turn()
+        readings = by_wrk(one, made, "/", 64, plan.seconds(1.5)).turn()
         singles.append(readings["cpu_us"])
         return {"cpu_us": readings["cpu_us"]}
 
     def double() -> Readings:
         before = shares(two.process)
-        readings = by_wrk(two, "/", 64, plan.seconds(1.5, 64)).turn()
+        readings = by_wrk(two, made, "/", 64, plan.seconds(1.5)).turn()
         after = shares(two.process)
         speedups.append(speedup(singles[-1], readings["cpu_us"], used(before, after)))
         return {"cpu_us": readings["cpu_us"]}
@@ -54,8 +54,8 @@ def _race(made: Origin, one: Contestant, two: Contestant, plan: Plan) -> list[Ro
         [Subject("one worker", single), Subject("two workers", double)],
         plan.rounds,
     )
-    # The first is the warm-up's.
-    return [*rows, Row("two workers, by their CPU and its parts", "speedup", {MESH: speedups[1:]})]
+    measured = {MESH: speedups[-plan.rounds :]}  # the warm-up has one too
+    return [*rows, Row("two workers, by their CPU and its parts", "speedup", measured)]
 
 
 def shares(process: Process) -> dict[int, float]:
