@@ -24,7 +24,10 @@ PUBLISHED = DOCUMENT.with_suffix(".json")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Give the exit status: 0 done, 1 a part failed or was absurd, 2 wrong usage or no tools."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.short and options.publish:
+        parser.error("--short measures nothing worth to --publish")
     if options.list:
         for part in PARTS.values():
             print(f"{part.name:<16} {part.about}")
@@ -32,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.render:
         publish(None)
         return 0
+    for name in options.parts:
+        if name not in PARTS:
+            parser.error(f"no part {name}; there are {', '.join(PARTS)}")
     names = options.parts or list(PARTS)
     needed = tools.missing(dict.fromkeys(tool for name in names for tool in PARTS[name].tools))
     if needed:
@@ -47,9 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog="BENCH_PYTHON is the interpreter that runs the sidecars (default: this one).",
     )
-    parser.add_argument(
-        "parts", nargs="*", metavar="PART", choices=[*PARTS, []], help="default: all; see --list"
-    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help="default: all; see --list")
     parser.add_argument("--list", action="store_true", help="list the parts")
     parser.add_argument("--short", action="store_true", help="only show that the harness works")
     parser.add_argument("--rounds", type=_positive, default=Plan.rounds, help="default %(default)s")

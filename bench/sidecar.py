@@ -58,7 +58,8 @@ def sidecar(env: Mapping[str, str], role: Role = None) -> Iterator[Process]:
         started = time.monotonic()
         command = [python(), "-m", "dstack_mesh", "run", "--ready-file", str(ready)]
         # The harness's own environment has settings only by accident.
-        clean = {key: value for key, value in os.environ.items() if not key.startswith("MESH_")}
+        ours = ("MESH_", "DSTACK_")
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
         with (
             log.open("wb") as out,
             running(command, role, env={**clean, **env}, stderr=out) as process,

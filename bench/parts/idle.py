@@ -24,7 +24,7 @@ _SETTLE_SECONDS = 12.0
 
 def run(plan: Plan) -> Found:
     """Inbound over TLS and outbound in plain, each subject alone."""
-    count = 100 if plan.short else plan.idle
+    count = 50 if plan.short else plan.idle
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     notes = []
     if count + _SPARE > hard:

@@ -22,7 +22,7 @@ class Scenario:
     name: str
     path: str = "/"
     connections: int = 32
-    seconds: float = 1.0
+    seconds: float = 0.8
     script: str | None = None
     arguments: tuple[str, ...] = ()
 
@@ -34,7 +34,7 @@ SMALL = (
 )
 VARIED = (Scenario("GET, 20 headers that vary, 32 connections", seconds=2.0, script="varied.lua"),)
 POST = (
-    Scenario("POST of 1 KB, 32 connections", script="post.lua", arguments=("1024",), seconds=1.5),
+    Scenario("POST of 1 KB, 32 connections", script="post.lua", arguments=("1024",), seconds=1.0),
 )
 RESPONSES = (
     Scenario("response of 16 KB, 32 connections", "/16k"),
@@ -85,7 +85,7 @@ def targets(plan: Plan) -> Found:
     count = 5 if plan.short else TARGETS
     with origin(targets=count) as made, many_targets(made) as contestants:
         subjects = [
-            by_wrk(one, made, "/", 32, plan.seconds(1.5), "targets.lua", (DOMAIN, *made.app_ids))
+            by_wrk(one, made, "/", 32, plan.seconds(1.0), "targets.lua", (DOMAIN, *made.app_ids))
             for one in contestants
         ]
         rows = race(f"small GET to {count} apps in turn, 32 connections", subjects, plan.rounds)
@@ -94,7 +94,7 @@ def targets(plan: Plan) -> Found:
 
 def latency(plan: Plan) -> Found:
     rate = 1_000 if plan.short else plan.rate
-    seconds = plan.seconds(2.5)
+    seconds = plan.seconds(2.0)
     with origin() as made, all_outbound(made, made.tls) as contestants:
 
         def subject(number: int) -> Subject:
@@ -137,7 +137,7 @@ def _new(scenario: str, plan: Plan, made: Origin, port: int) -> list[Row]:
     with all_outbound(made, port) as contestants:
 
         def subject(number: int) -> Subject:
-            asked = by_wrk(contestants[number], made, "/", 8, plan.seconds(1.0))
+            asked = by_wrk(contestants[number], made, "/", 8, plan.seconds(0.8))
 
             def turn() -> Readings:
                 readings = asked.turn()
