@@ -51,7 +51,7 @@ def run(url: str, *, rate: int, seconds: float, headers: Sequence[str] = ()) -> 
     if len(times) < wanted * _SHARE:
         raise FailedRequestsError(
             f"h2load: {len(times)} answers instead of {wanted:.0f}: {rate} requests a second are"
-            " more than goes through; give a lower --rate"
+            " more than goes through now; try it on a quiet machine, or with a lower --rate"
         )
     return times
 

@@ -16,7 +16,7 @@ class Plan:
     short: bool = False
     rounds: int = 5
     rate: int = 5_000
-    """Requests per second where latency is measured: below what the slowest subject can do."""
+    """Requests per second where latency is measured; less where a subject can't do much more."""
 
     idle: int = 10_000
     """Idle connections where memory is measured."""

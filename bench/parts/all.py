@@ -24,7 +24,7 @@ PARTS = {
              (*_PROXIES, "wrk")),
         Part("targets", "outbound, 50 target apps in turn", outbound.targets, (*_PROXIES, "wrk")),
         Part("latency", "outbound, quantiles at a fixed rate", outbound.latency,
-             (*_PROXIES, "h2load")),
+             (*_PROXIES, "h2load", "wrk")),
         Part("new-outbound", "outbound, a connection for each request", outbound.new_connections,
              (*_PROXIES, "wrk")),
         Part("inbound", "inbound: GET and 16 KB, beside nginx and nginx mode",

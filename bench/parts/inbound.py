@@ -9,7 +9,7 @@ from typing import Any
 from bench.contestants import Contestant, auth_request_inbound, inbound, nginx_inbound
 from bench.mtls import Clients, clients
 from bench.origin import Origin, origin
-from bench.parts.outbound import quantiles
+from bench.parts.outbound import below, quantiles
 from bench.plan import Found, Plan
 from bench.race import Readings, Row, Subject, race
 from bench.turns import Meter, asking, by_mtls
@@ -58,13 +58,14 @@ def small_requests(plan: Plan) -> Found:
 
 def latency(plan: Plan) -> Found:
     """At a fixed rate, by the harness's own client: h2load can't show a certificate."""
-    rate = 500 if plan.short else plan.rate // 2
     seconds = plan.seconds(2.0)
     with (
         origin() as made,
         _all(made) as contestants,
         by_mtls(contestants, made.caller, 50) as connected,
     ):
+        most = [asking(one, over, plan.seconds(0.5))()["rate"] for one, over in connected]
+        rate = below(most, 500 if plan.short else plan.rate // 2)
 
         def subject(one: Contestant, over: Clients) -> Subject:
             def turn() -> Readings:

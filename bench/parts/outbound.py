@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.contestants import all_outbound, many_targets
+from bench.contestants import Contestant, all_outbound, many_targets
 from bench.h2load import PER_CLIENT, quantile
 from bench.h2load import run as h2load
 from bench.origin import DOMAIN, Origin, origin
@@ -93,13 +93,12 @@ def targets(plan: Plan) -> Found:
 
 
 def latency(plan: Plan) -> Found:
-    rate = 1_000 if plan.short else plan.rate
-    seconds = plan.seconds(2.0)
     with origin() as made, all_outbound(made, made.tls) as contestants:
+        most = [by_wrk(one, made, "/", 32, plan.seconds(0.5)).turn()["rate"] for one in contestants]
+        rate = below(most, 1_000 if plan.short else plan.rate)
+        seconds = plan.seconds(2.0)
 
-        def subject(number: int) -> Subject:
-            one = contestants[number]
-
+        def subject(one: Contestant) -> Subject:
             def turn() -> Readings:
                 times = h2load(
                     f"http://{one.address}/", rate=rate, seconds=seconds, headers=one.headers
@@ -108,11 +107,16 @@ def latency(plan: Plan) -> Found:
 
             return Subject(one.name, turn)
 
-        subjects = [subject(number) for number in range(len(contestants))]
-        rows = race(
-            f"small GET, {rate:,} a second, {rate // PER_CLIENT} connections", subjects, plan.rounds
-        )
+        subjects = [subject(one) for one in contestants]
+        scenario = f"small GET, {rate:,} a second, {rate // PER_CLIENT} connections"
+        rows = race(scenario, subjects, plan.rounds)
     return Found("Outbound, latency at a fixed rate", rows)
+
+
+def below(most: list[float], wanted: int) -> int:
+    """Give the `wanted` rate, or less: four tenths of what the slowest subject can do at most."""
+    rate = min(wanted, 0.4 * min(most))
+    return max(PER_CLIENT, int(rate) // PER_CLIENT * PER_CLIENT)
 
 
 def quantiles(ordered: list[float]) -> Readings:
@@ -136,8 +140,8 @@ def _new(scenario: str, plan: Plan, made: Origin, port: int) -> list[Row]:
     """The origin closes after each answer, so each request costs a connection."""
     with all_outbound(made, port) as contestants:
 
-        def subject(number: int) -> Subject:
-            asked = by_wrk(contestants[number], made, "/", 8, plan.seconds(0.8))
+        def subject(one: Contestant) -> Subject:
+            asked = by_wrk(one, made, "/", 8, plan.seconds(0.8))
 
             def turn() -> Readings:
                 readings = asked.turn()
@@ -145,5 +149,5 @@ def _new(scenario: str, plan: Plan, made: Origin, port: int) -> list[Row]:
 
             return Subject(asked.name, turn)
 
-        subjects = [subject(number) for number in range(len(contestants))]
+        subjects = [subject(one) for one in contestants]
         return race(scenario, subjects, plan.rounds)
