@@ -84,7 +84,7 @@ def many_targets(made: Origin) -> Iterator[list[Contestant]]:
             ports[1],
             made.many,
             made.caller,
-            haproxy.MANY.format(domain=DOMAIN),
+            {app_id: f"{app_id}-443s.{DOMAIN}" for app_id in app_ids},
         ) as second,
     ):
         yield [

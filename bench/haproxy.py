@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bench.credentials import Files
@@ -24,28 +24,40 @@ defaults
     option http-no-delay
 frontend front
     bind 127.0.0.1:{port} backlog 1024
-    default_backend back
-backend back
+    use_backend {choice}
+{backends}"""
+
+_BACKEND = """backend {name}
     http-reuse always
     server origin 127.0.0.1:{origin} ssl ssl-min-ver TLSv1.3 crt {both} ca-file {root} \
-verify required sni {sni}
+verify required sni str({host})
 """
-
-ONE = "str(localhost)"
-MANY = "req.hdr(x-dstack-target-app),concat(-443s.{domain})"
-"""HAProxy keeps connections by the name that it sends, so one server does for many targets."""
 
 
 @contextlib.contextmanager
 def client_proxy(
-    directory: Path, port: int, origin_port: int, files: Files, sni: str = ONE
+    directory: Path,
+    port: int,
+    origin_port: int,
+    files: Files,
+    hosts: Mapping[str, str] | None = None,
 ) -> Iterator[Process]:
-    """Run HAProxy in front of the origin until the block ends."""
+    """Run HAProxy in front of the origin until the block ends.
+
+    With `hosts`, host names by app-id, each app has a backend: with one for all and a name that
+    comes from the request, HAProxy 2.6 was seen to keep hardly any connection.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     config, log = directory / "haproxy.cfg", directory / "log"
-    config.write_text(
-        _CONF.format(port=port, origin=origin_port, both=files.both, root=files.root, sni=sni)
+    names = {"one": "localhost"} if hosts is None else {f"to_{one}": hosts[one] for one in hosts}
+    choice = "one" if hosts is None else "to_%[req.hdr(x-dstack-target-app)]"
+    backends = "".join(
+        _BACKEND.format(
+            name=name, origin=origin_port, both=files.both, root=files.root, host=names[name]
+        )
+        for name in names
     )
+    config.write_text(_CONF.format(port=port, choice=choice, backends=backends))
     command = [path("haproxy"), "-db", "-f", str(config)]
     with (
         log.open("wb") as out,
