@@ -130,6 +130,7 @@ def publish(new: results.Results | None) -> None:
     whole = old if new is None else results.merged(old, new)
     if whole is None:
         raise SystemExit(f"{PUBLISHED} is not there: run with --publish first")
+    whole["parts"] = {name: whole["parts"][name] for name in PARTS if name in whole["parts"]}
     results.write(PUBLISHED, whole)
     PUBLISHED.with_suffix(".svg").write_text(chart.draw(whole))
     text = report.replace_between_marks(DOCUMENT.read_text(), report.render(whole))

@@ -33,10 +33,10 @@ def render(results: Results) -> str:
     return "\n\n".join(blocks)
 
 
-def table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
-    """Give a Markdown table; columns of numbers are to the right, the first two to the left."""
+def table(head: Iterable[str], body: Iterable[Iterable[str]], texts: int = 2) -> str:
+    """Give a Markdown table; the first `texts` columns are to the left, the others to the right."""
     names = list(head)
-    lines = [names, ["---"] * min(2, len(names)) + ["---:"] * (len(names) - 2), *body]
+    lines = [names, ["---"] * min(texts, len(names)) + ["---:"] * (len(names) - texts), *body]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
@@ -64,7 +64,7 @@ def code(build: dict[str, str]) -> str:
 
 def _targets(parts: dict[str, dict[str, Any]]) -> str:
     lines = [(one.name, one.wanted, one.measured, one.verdict) for one in judge(parts)]
-    return table(["what", "wanted", "measured: median (min to max)", "verdict"], lines)
+    return table(["what", "wanted", "measured: median (min to max)", "verdict"], lines, texts=4)
 
 
 def _how_to_read(parts: dict[str, dict[str, Any]]) -> str:

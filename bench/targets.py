@@ -69,7 +69,7 @@ def judge(parts: dict[str, dict[str, Any]]) -> list[Verdict]:
 def _judge(target: Target, parts: dict[str, dict[str, Any]]) -> Verdict:
     part = parts.get(target.part)
     row = None if part is None else _find(target, rows(part))
-    title = target.part if part is None else part["title"]
+    title = target.part if part is None else part["title"].partition(",")[0]
     what = MEASURES[target.measure]
     sign = "≥" if target.at_least else "≤"
     of_peer = f" of {target.peer}'s" if target.peer else ""
@@ -79,11 +79,16 @@ def _judge(target: Target, parts: dict[str, dict[str, Any]]) -> Verdict:
         return Verdict(target, name, wanted, "", "not measured")
     values = row.ratios(target.peer) if target.peer else row.values[MESH]
     middle = spread(values)
-    measured = f"{middle.median:,.4g}"
+    measured = _number(middle.median)
     if len(values) > 1:
-        measured += f" ({middle.low:,.4g} to {middle.high:,.4g})"
+        measured += f" ({_number(middle.low)} to {_number(middle.high)})"
     name = f"{title}: {row.scenario}: {what}"
     return Verdict(target, name, wanted, measured, verdict(values, target.limit, target.at_least))
+
+
+def _number(value: float) -> str:
+    """Write one digit more than tables do, for what is close to a limit."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.3f}"
 
 
 def _find(target: Target, found: list[Row]) -> Row | None:

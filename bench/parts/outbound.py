@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.contestants import Contestant, all_outbound, many_targets
-from bench.h2load import PER_CLIENT, quantile
+from bench.h2load import PER_CLIENT, SHARE, quantile
 from bench.h2load import run as h2load
 from bench.origin import DOMAIN, Origin, origin
 from bench.plan import Found, Plan
@@ -101,7 +101,11 @@ def latency(plan: Plan) -> Found:
         def subject(one: Contestant) -> Subject:
             def turn() -> Readings:
                 times = h2load(
-                    f"http://{one.address}/", rate=rate, seconds=seconds, headers=one.headers
+                    f"http://{one.address}/",
+                    rate=rate,
+                    seconds=seconds,
+                    headers=one.headers,
+                    share=0 if plan.short else SHARE,
                 )
                 return quantiles(times)
 

@@ -43,10 +43,10 @@ def test_a_ratio_is_judged_by_the_ratio_and_a_value_by_the_value() -> None:
 
     ratio = found["Title: small GET, 32 connections: CPU µs per request"]
     assert ratio.wanted == "≤ 1.1 of nginx's"
-    assert ratio.measured == "1.125 (1.1 to 1.15)"
+    assert ratio.measured == "1.125 (1.100 to 1.150)"
     assert ratio.verdict.startswith("not met by the median; met in 1 of 2")
     value = found["Title: inbound, 512 MB up: most memory above idle, MB"]
-    assert (value.wanted, value.measured, value.verdict) == ("≤ 16", "17", "not met")
+    assert (value.wanted, value.measured, value.verdict) == ("≤ 16", "17.0", "not met")
 
 
 def test_what_was_not_run_is_not_called_met() -> None:
