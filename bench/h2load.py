@@ -27,7 +27,7 @@ def run(
 ) -> list[float]:
     """Ask `rate` times a second for `seconds`; give the milliseconds of each answer, sorted.
 
-    Raises `FailedRequestsError` where any answer is not 200, or less than `share` of the rate was reached.
+    Raises `FailedRequestsError` where an answer is not 200, or not `share` of the rate was reached.
     """
     connections = max(1, rate // PER_CLIENT)
     ramp = connections * _STEP_MS / 1000
