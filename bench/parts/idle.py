@@ -26,9 +26,7 @@ def run(plan: Plan) -> Found:
     """Inbound over TLS and outbound in plain, each subject alone."""
     count = 50 if plan.short else plan.idle
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    notes = [
-        "nginx held a fifth as many of each: what one of its connections needs shows with these too."
-    ]
+    notes = ["nginx held a fifth as many of each: which shows what one needs as well."]
     if count + _SPARE > hard:
         notes.append(f"{count:,} connections need more open files than the limit of {hard:,}")
         count = hard - _SPARE
