@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 from collections.abc import Iterator
 
 from bench.contestants import NGINX, Contestant, inbound, nginx_inbound, nginx_outbound, outbound
 from bench.origin import Origin, origin
 from bench.plan import Found, Plan
+from bench.process import Process, eventually
 from bench.race import MESH, Readings, Row, Subject, race
 from bench.sidecar import sidecar
 from bench.simulator import simulator
@@ -57,6 +59,13 @@ def _nginx_to_nginx(made: Origin) -> Iterator[Contestant]:
             yield Contestant(NGINX, client.process.together(server.process), client.address)
 
 
+def _is_ready(process: Process) -> bool:
+    connection = http.client.HTTPConnection(process.bound["admin"], timeout=5)
+    with contextlib.closing(connection):
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == 200
+
+
 @contextlib.contextmanager
 def _through_gateway(made: Origin) -> Iterator[Contestant]:
     """Identities from the simulated agents, targets by the gateway's names, as in a CVM."""
@@ -68,6 +77,8 @@ def _through_gateway(made: Origin) -> Iterator[Contestant]:
             sidecar(apps["b"]["env"] | ports | backend, "subject") as server,
             sidecar(apps["a"]["env"] | ports, "subject") as client,
         ):
+            # Listening comes before the gateway's domain is known.
+            eventually(lambda: _is_ready(client), 20, "the client's sidecar did not get ready")
             header = f"x-dstack-target-app: {apps['b']['app_id']}"
             both = client.together(server)
             yield Contestant(MESH, both, client.bound["outbound"], (header,))
