@@ -98,16 +98,17 @@ class FaultProxy:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
-            onward = await _connect(self.target)
-        except OSError:
+            await self._carry((reader, writer), fault)
+        except (OSError, asyncio.CancelledError):
+            return  # no target; or `aclose`, of which asyncio would make a failure
+        finally:
             writer.transport.abort()
-            return
-        connection = _Connection((reader, writer), onward, fault)
+
+    async def _carry(self, client: _Stream, fault: Fault | None) -> None:
+        connection = _Connection(client, await _connect(self.target), fault)
         self._open.add(connection)
         try:
             await connection.run()
-        except asyncio.CancelledError:  # by `aclose`; asyncio would make a failure of it
-            return
         finally:
             self._open.discard(connection)
 
@@ -149,9 +150,9 @@ class _Connection:
             elif failure is not None and not isinstance(failure, OSError):
                 raise failure
         finally:
-            await _stop(pumps)
-            for _, writer in (self._client, self._target):
+            for _, writer in (self._client, self._target):  # first: nothing here can interrupt it
                 writer.transport.abort()
+            await _stop(pumps)
 
 
 class _ResetError(Exception):
