@@ -21,8 +21,8 @@ LAYERS = (
     {"relay", "dstack"},
     {"outbound", "inbound"},
     {"ops"},
-    {"app", "lifecycle"},
-    {"demo"},
+    {"app", "lifecycle", "reload"},
+    {"demo", "check"},
     {"cli", "__main__"},
 )
 """A part imports from its own layer and from those before it. `sim` stands beside them."""

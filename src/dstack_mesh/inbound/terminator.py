@@ -68,6 +68,7 @@ class Terminator:
         self.count_decision = count_decision
         self.identity = identity
         self.allow = options.allow
+        """Read anew for each request; a reload puts another in its place."""
         self.rules = ResponseRules(remote_errors=False)
         self.host = authority(options.backend)
         self.lane = pool.lane(
