@@ -19,6 +19,8 @@ from dstack_mesh.identity.escaped_pem import EscapedPemError, parse_escaped_pem
 from dstack_mesh.inbound import auth_service
 from dstack_mesh.inbound.auth_service import AuthService, KnownLeaves
 from dstack_mesh.policy.allow import Allow
+from dstack_mesh.policy.current import Current
+from dstack_mesh.policy.decide import Policy
 from dstack_mesh.relay.deadlines import Timeouts
 from dstack_mesh.relay.exchange import Exchange
 from dstack_mesh.relay.service import Service
@@ -52,7 +54,8 @@ class Rig:
         self.records: list[Exchange] = []
         self.identity = FakeIdentity(OURS if own else None)
         self.worker = Worker(asyncio.get_running_loop(), Timeouts())
-        self.service = AuthService(self.identity, Allow.parse(allow), self.decisions.append)
+        self.policy = Current(Policy(Allow.parse(allow)))
+        self.service = AuthService(self.identity, self.policy, self.decisions.append)
         self.listener = Service(
             self.worker,
             "inbound",

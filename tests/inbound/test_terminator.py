@@ -14,6 +14,8 @@ from dstack_mesh.identity.chain import ChainRuleBroken
 from dstack_mesh.inbound.terminator import Caller, InboundOptions, Terminator
 from dstack_mesh.model import Address, PeerIdentity, Role, TcpAddress, UnixAddress
 from dstack_mesh.policy.allow import Allow
+from dstack_mesh.policy.current import Current
+from dstack_mesh.policy.decide import Policy
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.deadlines import Timeouts
 from dstack_mesh.relay.dial import PlainConnector
@@ -56,10 +58,11 @@ class Rig:
         self.terminator = self.make()
 
     def make(self, allow: str = "any", backend: Address = BACKEND) -> Terminator:
+        self.policy = Current(Policy(Allow.parse(allow)))
         self.terminator = Terminator(
             Pool(self.worker),
             self.identity,  # type: ignore[arg-type]
-            InboundOptions(backend, Allow.parse(allow), 3.0),
+            InboundOptions(backend, self.policy, 3.0),
             self.decisions.append,
         )
         return self.terminator
@@ -142,7 +145,7 @@ async def test_what_the_backend_gets(rig: Rig) -> None:
     route = ask(caller, "GET / HTTP/1.1")
     assert isinstance(route, Route)
     assert isinstance(route.lane.connector, PlainConnector)
-    assert route.lane is rig.terminator.lane
+    assert route.lane is rig.terminator.backend[0]
     assert b"x-dstack-app-id" in route.remove_trailers
     assert rig.decisions == ["allow", "allow"]
 

@@ -7,15 +7,25 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dstack_mesh.errors import ClientCertRequired, ClientCertUntrusted, MeshError, PolicyDenied
+from dstack_mesh.errors import (
+    BadRequest,
+    ClientCertRequired,
+    ClientCertUntrusted,
+    MeshError,
+    PolicyDenied,
+)
 from dstack_mesh.identity.chain import ChainRuleBroken
 from dstack_mesh.identity.store import IdentityStore, Snapshot
+from dstack_mesh.inbound.denials import DenialLog
 from dstack_mesh.model import Address, PeerIdentity, Role
-from dstack_mesh.policy.allow import Allow
+from dstack_mesh.policy.current import Current
+from dstack_mesh.policy.decide import NOT_NORMAL, Policy
+from dstack_mesh.policy.path import PathError
+from dstack_mesh.policy.route import Routes
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.dial import PlainConnector, authority
 from dstack_mesh.relay.pool import Pool
-from dstack_mesh.relay.upstream import Route
+from dstack_mesh.relay.upstream import Lane, Route
 from dstack_mesh.wire.memo import BlockMemo
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
 from dstack_mesh.wire.translate import ResponseRules
@@ -50,7 +60,9 @@ class InboundOptions:
     """What of the settings this side needs. Times in seconds."""
 
     backend: Address
-    allow: Allow
+    """Where requests go that no route takes."""
+
+    policy: Current
     connect_timeout: float
 
 
@@ -64,29 +76,51 @@ class Terminator:
         options: InboundOptions,
         count_decision: Callable[[str], None] = lambda decision: None,
     ) -> None:
-        """`count_decision` is called with `allow` or `deny` for each decision of policy."""
+        """`count_decision` is called with each decision of policy: `allow`, `deny` or `audit`."""
         self.count_decision = count_decision
         self.identity = identity
-        self.allow = options.allow
+        self.current = options.policy
+        self.denials = DenialLog()
         self.plans: BlockMemo[InboundPlan] = BlockMemo(
             lambda block: InboundPlan(parse_request_fields(block, 1, _REMOVE))
         )
         self.rules = ResponseRules(remote_errors=False)
-        self.host = authority(options.backend)
-        self.lane = pool.lane(
-            ("backend", options.backend),
-            lambda: PlainConnector(options.backend, options.connect_timeout, "the backend"),
-        )
+        self._pool = pool
+        self._connect_timeout = options.connect_timeout
+        self._backends: dict[Address, tuple[Lane, bytes]] = {}
+        self.backend = self._reach(options.backend)
+        """The lane of the backend that takes what no route does, and its authority."""
 
     def handler(self, snapshot: Snapshot) -> Caller:
         """Make the handler of a connection that was accepted under `snapshot`."""
         return Caller(self, snapshot)
 
+    def choose(self, routes: Routes, host: bytes | None, target: bytes) -> tuple[Lane, bytes]:
+        """Give the lane and the authority of the backend that `routes` choose.
+
+        Raises `BadRequest` where the path could mean another, and a route goes by paths.
+        """
+        try:
+            address = routes.choose(host, target)
+        except PathError as error:
+            raise BadRequest(NOT_NORMAL.format(error)) from error
+        if address is None:
+            return self.backend
+        return self._backends.get(address) or self._reach(address)
+
+    def _reach(self, address: Address) -> tuple[Lane, bytes]:
+        lane = self._pool.lane(
+            ("backend", address),
+            lambda: PlainConnector(address, self._connect_timeout, "the backend"),
+        )
+        found = self._backends[address] = (lane, authority(address))
+        return found
+
 
 class Caller:
     """One caller's connection: its identity was settled in the handshake."""
 
-    __slots__ = ("_own_fields", "_peer", "_refusal", "_shared", "_snapshot")
+    __slots__ = ("_own_fields", "_peer", "_refusal", "_shared", "_snapshot", "_welcome")
 
     def __init__(self, shared: Terminator, snapshot: Snapshot) -> None:
         self._shared = shared
@@ -94,6 +128,8 @@ class Caller:
         self._peer: PeerIdentity | None = None
         self._refusal: MeshError | None = None
         self._own_fields = (b"", b"")
+        self._welcome: Policy | None = None
+        """The policy that lets this caller through whatever it asks, once that is known."""
 
     def connected(self, transport: asyncio.Transport) -> None:
         """See `Handler`."""
@@ -132,21 +168,25 @@ class Caller:
         """See `Handler`."""
         if line.target.partition(b"?")[0] == b"/health" and line.method in (b"GET", b"HEAD"):
             return Answer(200, b"OK\n", "text/plain; charset=utf-8")
-        self._authorise()
+        self._authorise(line, plan)
         address, own = self._own_fields
         shared = self._shared
+        routes = shared.current.routes
+        lane, host = shared.backend
+        if routes.routes:
+            lane, host = shared.choose(routes, plan.fields.host, line.target)
         head = b"%b %b HTTP/1.1\r\n%b%bx-forwarded-for: %b%b\r\n%b\r\n" % (
             line.method,
             line.target,
-            b"" if plan.fields.host is not None else b"Host: %b\r\n" % shared.host,
+            b"" if plan.fields.host is not None else b"Host: %b\r\n" % host,
             plan.fields.forwarded,
             plan.forwarded_for,
             address,
             own,
         )
-        return Route(shared.lane, head, shared.rules, _REMOVE)
+        return Route(lane, head, shared.rules, _REMOVE)
 
-    def _authorise(self) -> None:
+    def _authorise(self, line: RequestLine, plan: InboundPlan) -> None:
         if self._refusal is not None:
             raise self._refusal
         peer = self._peer
@@ -154,8 +194,23 @@ class Caller:
             raise ClientCertRequired("no client certificate was shown")
         if time.time() >= peer.not_after:
             raise ClientCertUntrusted("the client certificate has expired since it was shown")
-        own = self._snapshot.app_id
-        allowed = self._shared.allow.permits(peer.app_id, own)
-        self._shared.count_decision("allow" if allowed else "deny")
-        if not allowed:
-            raise PolicyDenied(self._shared.allow.denial(peer.app_id))
+        shared = self._shared
+        policy = shared.current.policy
+        if policy is self._welcome:
+            shared.count_decision("allow")
+        else:
+            self._judge(policy, peer, line, plan)
+
+    def _judge(
+        self, policy: Policy, peer: PeerIdentity, line: RequestLine, plan: InboundPlan
+    ) -> None:
+        shared = self._shared
+        decision = policy.decide(peer, self._snapshot.app_id, line.method, line.target)
+        shared.count_decision(decision.verdict)
+        if decision.allowed and not decision.audited:
+            if policy.asks_who_only:
+                self._welcome = policy
+            return
+        shared.denials.add(decision, peer, line.method, line.target, plan.fields.request_id)
+        if not decision.allowed:
+            raise (BadRequest if decision.malformed else PolicyDenied)(decision.why)
