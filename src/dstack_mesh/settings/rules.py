@@ -235,11 +235,14 @@ def as_markdown() -> str:
     rows = []
     for key, names in ((RULE, RULE_KEYS), (ROUTE, ROUTE_KEYS)):
         rows += [f"| key of `[[{key}]]` | when it is not there | accepted |", "|---|---|---|"]
-        rows += [f"| `{name}` | {_WITHOUT.get(name, 'all')} | {ACCEPTED[name]} |" for name in names]
+        for name in names:
+            accepted = _stars("`\\g<0>`", ACCEPTED[name])
+            rows.append(f"| `{name}` | {_WITHOUT.get(name, 'all')} | {accepted} |")
         rows.append("")
     return "\n".join(rows)
 
 
+_stars = re.compile(r"/?\*+").sub
 _WITHOUT = {
     "name": "`rule` and its number",
     "action": "an error",
