@@ -55,7 +55,13 @@ above, where an empty string counts as not set.
 def document() -> str:
     """Write the whole page."""
     restricting = " and ".join(f"`{setting.env[0]}`" for setting in SCHEMA if setting.restricts)
-    return _HEAD.format(restricting=restricting) + as_markdown() + _TABLES + rules.as_markdown() + _FOOT
+    return (
+        _HEAD.format(restricting=restricting)
+        + as_markdown()
+        + _TABLES
+        + rules.as_markdown()
+        + _FOOT
+    )
 
 
 if __name__ == "__main__":
