@@ -31,8 +31,9 @@ Rust mesh's file has too.
 _TABLES = """
 ## Rules and routes
 
-These are in the file only. [policy.md](policy.md) says what they mean. Their order counts. Where a list
-is accepted, one string is too; an empty list is an error, and so is a key that is not in these tables.
+These are in the file only. [policy.md](policy.md) says what they mean. Their order counts. Where a
+list is accepted, one string is too; an empty list is an error, and so is a key that is not in these
+tables.
 
 """
 
