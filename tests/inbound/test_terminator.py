@@ -155,7 +155,7 @@ async def test_what_the_backend_gets(rig: Rig) -> None:
     route = ask(caller, "GET / HTTP/1.1")
     assert isinstance(route, UpstreamRoute)
     assert isinstance(route.lane.connector, PlainConnector)
-    assert route.lane is rig.terminator.backend[0]
+    assert route.lane is rig.terminator.lane
     assert b"x-dstack-app-id" in route.remove_trailers
     assert rig.decisions == ["allow", "allow"]
 
@@ -368,7 +368,7 @@ async def test_routes(rig: Rig) -> None:
         assert isinstance(again, UpstreamRoute)
         assert again.lane is found.lane, "one lane for a backend"
     assert len(set(map(id, lanes.values()))) == 3
-    assert lanes["/"] is rig.terminator.backend[0]
+    assert lanes["/"] is rig.terminator.lane
     # Without a Host it is the backend's own.
     sent = head(caller, line="GET /two HTTP/1.0", host="")
     assert b"\r\nHost: localhost\r\n" in sent

@@ -21,7 +21,7 @@ from dstack_mesh.model import Address, PeerIdentity, Role
 from dstack_mesh.policy.current import Current
 from dstack_mesh.policy.decide import NOT_NORMAL, Policy
 from dstack_mesh.policy.path import PathError
-from dstack_mesh.policy.route import Routes
+from dstack_mesh.policy.route import NO_ROUTES, Routes
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.dial import PlainConnector, authority
 from dstack_mesh.relay.pool import Pool
@@ -88,8 +88,8 @@ class Terminator:
         self._pool = pool
         self._connect_timeout = options.connect_timeout
         self._backends: dict[Address, tuple[Lane, bytes]] = {}
-        self.backend = self._reach(options.backend)
-        """The lane of the backend that takes what no route does, and its authority."""
+        self.lane, self.host = self._reach(options.backend)
+        """Of the backend that takes what no route does."""
 
     def handler(self, snapshot: Snapshot) -> Caller:
         """Make the handler of a connection that was accepted under `snapshot`."""
@@ -105,7 +105,7 @@ class Terminator:
         except PathError as error:
             raise BadRequest(NOT_NORMAL.format(error)) from error
         if address is None:
-            return self.backend
+            return self.lane, self.host
         return self._backends.get(address) or self._reach(address)
 
     def _reach(self, address: Address) -> tuple[Lane, bytes]:
@@ -120,7 +120,15 @@ class Terminator:
 class Caller:
     """One caller's connection: its identity was settled in the handshake."""
 
-    __slots__ = ("_own_fields", "_peer", "_refusal", "_shared", "_snapshot", "_welcome")
+    __slots__ = (
+        "_not_after",
+        "_own_fields",
+        "_peer",
+        "_refusal",
+        "_shared",
+        "_snapshot",
+        "_welcome",
+    )
 
     def __init__(self, shared: Terminator, snapshot: Snapshot) -> None:
         self._shared = shared
@@ -130,6 +138,7 @@ class Caller:
         self._own_fields = (b"", b"")
         self._welcome: Policy | None = None
         """The policy that lets this caller through whatever it asks, once that is known."""
+        self._not_after = 0.0
 
     def connected(self, transport: asyncio.Transport) -> None:
         """See `Handler`."""
@@ -168,13 +177,16 @@ class Caller:
         """See `Handler`."""
         if line.target.partition(b"?")[0] == b"/health" and line.method in (b"GET", b"HEAD"):
             return Answer(200, b"OK\n", "text/plain; charset=utf-8")
-        self._authorise(line, plan)
-        address, own = self._own_fields
         shared = self._shared
-        routes = shared.current.routes
-        lane, host = shared.backend
-        if routes.routes:
-            lane, host = shared.choose(routes, plan.fields.host, line.target)
+        current = shared.current
+        if current.policy is self._welcome and time.time() < self._not_after:
+            shared.count_decision("allow")
+        else:
+            self._authorise(current.policy, line, plan)
+        lane, host = shared.lane, shared.host
+        if current.routes is not NO_ROUTES:
+            lane, host = shared.choose(current.routes, plan.fields.host, line.target)
+        address, own = self._own_fields
         head = b"%b %b HTTP/1.1\r\n%b%bx-forwarded-for: %b%b\r\n%b\r\n" % (
             line.method,
             line.target,
@@ -186,7 +198,7 @@ class Caller:
         )
         return Route(lane, head, shared.rules, _REMOVE)
 
-    def _authorise(self, line: RequestLine, plan: InboundPlan) -> None:
+    def _authorise(self, policy: Policy, line: RequestLine, plan: InboundPlan) -> None:
         if self._refusal is not None:
             raise self._refusal
         peer = self._peer
@@ -195,21 +207,11 @@ class Caller:
         if time.time() >= peer.not_after:
             raise ClientCertUntrusted("the client certificate has expired since it was shown")
         shared = self._shared
-        policy = shared.current.policy
-        if policy is self._welcome:
-            shared.count_decision("allow")
-        else:
-            self._judge(policy, peer, line, plan)
-
-    def _judge(
-        self, policy: Policy, peer: PeerIdentity, line: RequestLine, plan: InboundPlan
-    ) -> None:
-        shared = self._shared
         decision = policy.decide(peer, self._snapshot.app_id, line.method, line.target)
         shared.count_decision(decision.verdict)
         if decision.allowed and not decision.audited:
             if policy.asks_who_only:
-                self._welcome = policy
+                self._welcome, self._not_after = policy, peer.not_after
             return
         shared.denials.add(decision, peer, line.method, line.target, plan.fields.request_id)
         if not decision.allowed:

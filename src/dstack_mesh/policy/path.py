@@ -21,6 +21,9 @@ a part of an encoding."""
 
 _AS_PLAIN = {_ENCODED + byte: byte for byte in _PLAIN}
 
+_USUAL = bytes((_UNRESERVED | _PLAIN | frozenset(b"/")) - frozenset(b";"))
+"""With these alone there is no encoding, and nothing odd but what has `//` or `/.` in it."""
+
 _MEANS_ANOTHER = re.compile(
     rb"//"  # merged by some
     rb"|/\.{1,2}(?=[/;]|%3[Bb]|\Z)"  # dot segments, also before what some cut off (`..;x`)
@@ -43,6 +46,9 @@ def normal_path(target: bytes) -> str:
     could take the path for another.
     """
     path = target.partition(b"?")[0]
+    usual = path[:1] == b"/" and not path.translate(None, _USUAL)
+    if usual and b"//" not in path and b"/." not in path:
+        return path.decode("ascii")  # what nearly all are, without the cost of an expression
     if path[:1] != b"/":
         if path == b"*":
             return "*"
