@@ -223,6 +223,18 @@ def test_who_tells_less_of_itself_is_never_let_through_more(
         assert policy.decide(told, OWN, method, target).allowed or not silent.allowed
 
 
+@given(rules(), INFOS.filter(bool), st.data(), REQUESTS)
+def test_nor_is_who_leaves_out_one_thing(
+    all_rules: tuple[Rule, ...], info: dict[str, str], data: st.DataObject, asked: tuple[str, str]
+) -> None:
+    method, target = asked[0].encode(), asked[1].encode()
+    hidden = data.draw(st.sampled_from(sorted(info)))
+    less = {name: value for name, value in info.items() if name != hidden}
+    policy = Policy(ANYONE, all_rules)
+    if policy.decide(caller(FRIEND, less), OWN, method, target).allowed:
+        assert policy.decide(caller(FRIEND, info), OWN, method, target).allowed
+
+
 @given(rules(), CALLERS, REQUESTS)
 def test_not_knowing_who_we_are_never_lets_more_through(
     all_rules: tuple[Rule, ...], who: PeerIdentity, asked: tuple[str, str]
