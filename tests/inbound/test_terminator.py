@@ -312,6 +312,7 @@ async def test_rules(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     assert "no rule lets it through" in fails(PolicyDenied, caller, "PUT /a HTTP/1.1")
     assert "'/..' is in it" in fails(BadRequest, caller, "GET /b/../a HTTP/1.1")
     head(caller)
+    assert caller.rule == "get a"
     assert rig.decisions == ["allow", "deny", "deny", "allow"]
     assert [one.getMessage() for one in caplog.records] == ["policy_denied"] * 2
     assert vars(caplog.records[0])["fields"]["caller"] == APP_B
@@ -378,6 +379,26 @@ async def test_routes(rig: Rig) -> None:
     back = ask(caller, "GET /one/a HTTP/1.1")
     assert isinstance(back, UpstreamRoute)
     assert back.lane is lanes["/"]
+
+
+async def test_a_repeated_head_goes_where_the_routes_in_effect_say(rig: Rig) -> None:
+    caller = rig.caller()
+    line, block = parse_request_line(b"GET /a HTTP/1.1"), b"Host: x\r\n"
+    plan = caller.plan(line, block)
+    first = caller.route(line, plan)
+    assert isinstance(first, UpstreamRoute)
+    assert caller.route(line, plan, first) is first
+    rig.policy.replace(rig.policy.policy, Routes((Route(TcpAddress("one", 1), path="/a"),)))
+    routed = caller.route(line, plan, first)
+    assert isinstance(routed, UpstreamRoute)
+    assert routed.lane is not first.lane
+    rig.policy.replace(rig.policy.policy, NO_ROUTES)
+    back = caller.route(line, plan, routed)
+    assert isinstance(back, UpstreamRoute)
+    assert back.lane is first.lane
+    rig.policy.replace(Policy(Allow()), NO_ROUTES)
+    with pytest.raises(PolicyDenied):
+        caller.route(line, plan, back)
 
 
 # Health

@@ -24,6 +24,7 @@ from dstack_mesh.policy.path import PathError
 from dstack_mesh.policy.route import NO_ROUTES, Routes
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.dial import PlainConnector, authority
+from dstack_mesh.relay.interfaces import Handler, Plan
 from dstack_mesh.relay.pool import Pool
 from dstack_mesh.relay.upstream import Lane, Route
 from dstack_mesh.wire.memo import BlockMemo
@@ -43,13 +44,13 @@ _REMOVE = frozenset(
 )
 
 
-class InboundPlan:
+class InboundPlan(Plan):
     """What a request's field lines mean to this side; remembered with them."""
 
-    __slots__ = ("fields", "forwarded_for")
+    __slots__ = ("forwarded_for",)
 
     def __init__(self, fields: RequestFields) -> None:
-        self.fields = fields
+        super().__init__(fields)
         said = [value for name, value in fields.removed if name == _FORWARDED_FOR and value]
         self.forwarded_for = b", ".join([*said, b""])
         """What the caller said, ready for an address to be put behind it."""
@@ -117,7 +118,7 @@ class Terminator:
         return found
 
 
-class Caller:
+class Caller(Handler[InboundPlan]):
     """One caller's connection: its identity was settled in the handshake."""
 
     __slots__ = (
@@ -128,6 +129,7 @@ class Caller:
         "_shared",
         "_snapshot",
         "_welcome",
+        "rule",
     )
 
     def __init__(self, shared: Terminator, snapshot: Snapshot) -> None:
@@ -139,6 +141,8 @@ class Caller:
         self._welcome: Policy | None = None
         """The policy that lets this caller through whatever it asks, once that is known."""
         self._not_after = 0.0
+        self.rule = ""
+        """The rule that let the last request through or denied it, for logs; empty for none."""
 
     def connected(self, transport: asyncio.Transport) -> None:
         """See `Handler`."""
@@ -173,7 +177,9 @@ class Caller:
             return self._shared.plans.get(block)
         return InboundPlan(parse_request_fields(block, line.minor, _REMOVE, line.authority))
 
-    def route(self, line: RequestLine, plan: InboundPlan) -> Route | Answer:
+    def route(
+        self, line: RequestLine, plan: InboundPlan, last: Route | None = None
+    ) -> Route | Answer:
         """See `Handler`."""
         if line.target.partition(b"?")[0] == b"/health" and line.method in (b"GET", b"HEAD"):
             return Answer(200, b"OK\n", "text/plain; charset=utf-8")
@@ -186,6 +192,8 @@ class Caller:
         lane, host = shared.lane, shared.host
         if current.routes is not NO_ROUTES:
             lane, host = shared.choose(current.routes, plan.fields.host, line.target)
+        elif last is not None and last.lane is lane:  # it may be from when there were routes
+            return last
         address, own = self._own_fields
         head = b"%b %b HTTP/1.1\r\n%b%bx-forwarded-for: %b%b\r\n%b\r\n" % (
             line.method,
@@ -209,6 +217,7 @@ class Caller:
         shared = self._shared
         decision = policy.decide(peer, self._snapshot.app_id, line.method, line.target)
         shared.count_decision(decision.verdict)
+        self.rule = decision.rule or ""
         if decision.allowed and not decision.audited:
             if policy.asks_who_only:
                 self._welcome, self._not_after = policy, peer.not_after
