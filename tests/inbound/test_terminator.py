@@ -346,6 +346,25 @@ async def test_another_policy_holds_for_connections_that_are_there(rig: Rig) -> 
     assert rig.decisions == ["allow", "allow", "deny", "allow", "deny", "allow"]
 
 
+async def test_only_a_head_that_is_repeated_is_not_decided_anew(rig: Rig) -> None:
+    rig.policy.replace(Policy(Allow(anyone=True), (GET_A,)), NO_ROUTES)
+    caller = rig.caller()
+    block = b"Host: x\r\n"
+    good, other = parse_request_line(b"GET /a HTTP/1.1"), parse_request_line(b"GET /b HTTP/1.1")
+    plan = caller.plan(good, block)
+    for _ in range(3):
+        caller.route(good, plan)
+        assert caller.rule == "get a"
+        with pytest.raises(PolicyDenied):
+            caller.route(other, plan)
+        assert caller.rule == ""
+    caller.route(good, plan)
+    rig.policy.replace(Policy(Allow(anyone=True), (replace(GET_A, methods=("PUT",)),)), NO_ROUTES)
+    with pytest.raises(PolicyDenied):
+        caller.route(good, plan)
+    assert rig.decisions == ["allow", "deny"] * 4
+
+
 async def test_who_is_welcome_is_not_so_for_another_caller(rig: Rig) -> None:
     rig.make(APP_B)
     head(rig.caller())

@@ -129,6 +129,7 @@ class Caller(Handler[InboundPlan]):
         "_shared",
         "_snapshot",
         "_welcome",
+        "_welcome_line",
         "rule",
     )
 
@@ -139,7 +140,9 @@ class Caller(Handler[InboundPlan]):
         self._refusal: MeshError | None = None
         self._own_fields = (b"", b"")
         self._welcome: Policy | None = None
-        """The policy that lets this caller through whatever it asks, once that is known."""
+        """A policy that is known to let this caller through: it need not be asked again."""
+        self._welcome_line: RequestLine | None = None
+        """What it may ask again, where it is not all; a head that is repeated has one line."""
         self._not_after = 0.0
         self.rule = ""
         """The rule that let the last request through or denied it, for logs; empty for none."""
@@ -185,7 +188,10 @@ class Caller(Handler[InboundPlan]):
             return Answer(200, b"OK\n", "text/plain; charset=utf-8")
         shared = self._shared
         current = shared.current
-        if current.policy is self._welcome and time.time() < self._not_after:
+        welcome = current.policy is self._welcome and (
+            self._welcome_line is None or self._welcome_line is line
+        )
+        if welcome and time.time() < self._not_after:
             shared.count_decision("allow")
         else:
             self._authorise(current.policy, line, plan)
@@ -219,9 +225,10 @@ class Caller(Handler[InboundPlan]):
         shared.count_decision(decision.verdict)
         self.rule = decision.rule or ""
         if decision.allowed and not decision.audited:
-            if policy.asks_who_only:
-                self._welcome, self._not_after = policy, peer.not_after
+            self._welcome, self._not_after = policy, peer.not_after
+            self._welcome_line = None if policy.asks_who_only else line
             return
+        self._welcome = None
         shared.denials.add(decision, peer, line.method, line.target, plan.fields.request_id)
         if not decision.allowed:
             raise (BadRequest if decision.malformed else PolicyDenied)(decision.why)

@@ -102,10 +102,10 @@ def load_settings(
 
 
 def value_of(settings: tree.Settings, key: str) -> Any:
-    """Give the value of `key` (`outbound.listen`) in the tree."""
+    """Give the value of `key` (`outbound.listen`, or one of `rules.TABLES`) in the tree."""
     section, dot, name = key.partition(".")
     value = getattr(settings, section)
-    return getattr(value, name) if dot else value
+    return getattr(value, rules.FIELDS.get(key, name)) if dot else value
 
 
 def _read(setting: Setting, source: Source, text: str) -> Any:

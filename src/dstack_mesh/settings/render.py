@@ -28,7 +28,7 @@ def as_json(loaded: Loaded) -> dict[str, dict[str, Any]]:
         for setting in SCHEMA
     }
     for key in rules.TABLES:
-        value = [rules.plain(one) for one in _tables(loaded, key)]
+        value = [rules.plain(one) for one in value_of(loaded.settings, key)]
         found[key] = {"value": value, "source": str(loaded.sources[key])}
     return found
 
@@ -70,12 +70,7 @@ def _toml_lines(loaded: Loaded) -> Iterator[str]:
             # A JSON string is a TOML basic string where it is printable, as all values are.
             yield f"{name} = {json.dumps(value, ensure_ascii=False)}  # {source}"
     for key in rules.TABLES:
-        yield from rules.toml_lines(key, _tables(loaded, key), str(loaded.sources[key]))
-
-
-def _tables(loaded: Loaded, key: str) -> tuple[Any, ...]:
-    found: tuple[Any, ...] = getattr(loaded.settings.inbound, rules.FIELDS[key])
-    return found
+        yield from rules.toml_lines(key, value_of(loaded.settings, key), str(loaded.sources[key]))
 
 
 def _plain(setting: Setting, value: Any) -> str | int | None:
