@@ -9,7 +9,7 @@ from dstack_mesh.model import Address, UnixAddress
 from dstack_mesh.ops.readiness import Readiness
 from dstack_mesh.relay.answers import Answer, json_answer
 from dstack_mesh.relay.interfaces import Decision, Handler, Plan
-from dstack_mesh.relay.upstream import Route
+from dstack_mesh.relay.lane import Route
 from dstack_mesh.wire.request import RequestLine, parse_request_fields
 
 _NOTHING: frozenset[bytes] = frozenset()
