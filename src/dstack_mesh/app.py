@@ -20,14 +20,16 @@ from dstack_mesh.dstack.gateway import GatewayDirectory
 from dstack_mesh.identity.source import AgentSource, CredentialSource, FileSource
 from dstack_mesh.identity.store import IdentityStore, Snapshot
 from dstack_mesh.inbound.auth_service import AuthService
+from dstack_mesh.inbound.compiled import compile_inbound
 from dstack_mesh.inbound.listener import TlsListener
 from dstack_mesh.inbound.terminator import InboundOptions, Terminator
 from dstack_mesh.log import event
 from dstack_mesh.ops.admin import Admin
 from dstack_mesh.ops.metrics import Metrics, Sample
-from dstack_mesh.ops.readiness import Readiness, backend_answers
+from dstack_mesh.ops.readiness import Readiness, backends_answer
 from dstack_mesh.ops.systemd import Notifier
 from dstack_mesh.outbound.proxy import OutboundOptions, OutboundProxy
+from dstack_mesh.policy.current import Current
 from dstack_mesh.relay.deadlines import NEVER, Timeouts
 from dstack_mesh.relay.pool import Pool
 from dstack_mesh.relay.service import Service
@@ -114,13 +116,13 @@ class Sidecar:
             configured=settings.dstack.gateway_domain,
             sys_config=Path(settings.dstack.sys_config),
         )
+        self.policy = Current(*compile_inbound(settings.inbound))
         self.worker = Worker(asyncio.get_running_loop(), _timeouts(settings))
         self._pool = Pool(self.worker)
         self._outbound = self._service("outbound")
         self._inbound = self._service("inbound")
         self._admin = Service(self.worker, "admin", max_connections=_ADMIN_CONNECTIONS)
         self._proxy = self._make_proxy()
-        self._allowing: list[reload.Allowing] = []
         self._listener = self._make_listener()
         self._auth = self._make_auth()
         self._draining = False
@@ -158,11 +160,10 @@ class Sidecar:
             return None
         options = InboundOptions(
             backend=backend,
-            allow=inbound.allow,
+            policy=self.policy,
             connect_timeout=settings.outbound.connect_timeout,
         )
         terminator = Terminator(self._pool, self.identity, options, self.metrics.count_decision)
-        self._allowing.append(terminator)
         limit = settings.max_connections
         count = functools.partial(self.metrics.count_handshake, "inbound")
         return TlsListener(self._inbound, terminator, self.identity, limit, count)
@@ -172,9 +173,7 @@ class Sidecar:
         inbound = self.settings.inbound
         if inbound.mode != "nginx":
             return None
-        auth = AuthService(self.identity, inbound.allow, self.metrics.count_decision)
-        self._allowing.append(auth)
-        return auth
+        return AuthService(self.identity, self.policy, self.metrics.count_decision)
 
     def _make_admin(self) -> Admin:
         settings = self.settings
@@ -234,7 +233,7 @@ class Sidecar:
     def reloadable(self) -> tuple[reload.Part, ...]:
         """Give the parts whose settings may change while running."""
         return (
-            reload.policy_part(self._allowing),
+            reload.policy_part(self.policy),
             reload.identity_part(self.identity, lambda tls: _source(tls, self._agent)),
             reload.log_part(),
         )
@@ -335,7 +334,7 @@ class Sidecar:
         backend = self.settings.inbound.backend
         if backend is None:
             return True, "nginx mode, and no backend is set: which it is only nginx knows"
-        return await backend_answers(backend)
+        return await backends_answer([backend, *self.policy.routes.backends])
 
     def _gateway_state(self) -> tuple[bool, str]:
         if self.directory.current is None:
