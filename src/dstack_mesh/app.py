@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import socket
 import ssl
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
-from dstack_mesh import __version__, lifecycle, listen
+from dstack_mesh import __version__, lifecycle, listen, memory
 from dstack_mesh.dstack.agent import AgentClient
 from dstack_mesh.dstack.gateway import GatewayDirectory
 from dstack_mesh.identity.source import AgentSource, CredentialSource, FileSource
@@ -27,6 +27,8 @@ from dstack_mesh.ops.metrics import Metrics, Sample
 from dstack_mesh.ops.readiness import Readiness, backend_answers
 from dstack_mesh.outbound.proxy import OutboundOptions, OutboundProxy
 from dstack_mesh.relay.deadlines import NEVER, Timeouts
+from dstack_mesh.relay.interfaces import Handler
+from dstack_mesh.relay.listeners import Listeners
 from dstack_mesh.relay.pool import Pool
 from dstack_mesh.relay.service import Service
 from dstack_mesh.relay.worker import Worker
@@ -53,13 +55,14 @@ def run(loaded: Loaded, ready_file: Path | None) -> int:
 async def _main(settings: Settings, ready_file: Path | None) -> int:
     sidecar = Sidecar(settings)
     signals = lifecycle.Signals(asyncio.get_running_loop())
+    collector = memory.Collector(asyncio.get_running_loop(), sidecar.open_connections)
     try:
         await sidecar.start()
         if ready_file is not None:
             # Left by a process that was killed. Not before the listeners are ours: another sidecar
             # may be running, and the file be its own.
             lifecycle.remove_ready_file(ready_file)
-        announced = asyncio.create_task(_announce(sidecar, signals, ready_file))
+        announced = asyncio.create_task(_announce(sidecar, signals, ready_file, collector))
         try:
             await signals.wait()
         finally:
@@ -69,12 +72,19 @@ async def _main(settings: Settings, ready_file: Path | None) -> int:
         if ready_file is not None:
             lifecycle.remove_ready_file(ready_file)
     finally:
+        collector.stop()
         await sidecar.stop()
     return signals.exit_status
 
 
-async def _announce(sidecar: Sidecar, signals: lifecycle.Signals, ready_file: Path | None) -> None:
+async def _announce(
+    sidecar: Sidecar,
+    signals: lifecycle.Signals,
+    ready_file: Path | None,
+    collector: memory.Collector,
+) -> None:
     await sidecar.wait_open()
+    collector.start()
     if ready_file is None:
         return
     try:
@@ -111,7 +121,7 @@ class Sidecar:
         self._auth = self._make_auth()
         self._draining = False
         self._sockets: dict[str, listen.ListeningSocket] = {}
-        self._servers: dict[str, asyncio.Server] = {}
+        self._listeners = Listeners(self.worker.loop)
         self._tasks: list[asyncio.Task[None]] = []
         self.identity.subscribe(self._renewed)
         self._gauges()
@@ -186,24 +196,22 @@ class Sidecar:
         for name, address in addresses.items():
             if address is not None:
                 self._sockets[name] = listen.bind(address)
-        await self._serve("outbound", lambda: self._outbound.protocol(self._proxy))
-        admin = self._make_admin()
-        await self._serve("admin", lambda: self._admin.protocol(admin))
-        loop = self.worker.loop
+        self._serve("outbound", self._outbound, self._proxy)
+        self._serve("admin", self._admin, self._make_admin())
         self._tasks = [
-            loop.create_task(self.identity.run()),
-            loop.create_task(self.directory.run()),
+            asyncio.create_task(self.identity.run()),
+            asyncio.create_task(self.directory.run()),
         ]
 
     async def wait_open(self) -> None:
         """Open inbound once there is an identity; return when every listener is open."""
         await self.identity.wait_loaded()
         if self._listener is not None:
-            self._listener.start(self._sockets["inbound"])
+            sock = self._sockets["inbound"]
+            self._listeners.serve_tls("inbound", sock, self._inbound, self._listener.take)
             self._say_listening("inbound")
-        auth = self._auth
-        if auth is not None:
-            await self._serve("auth", lambda: self._inbound.protocol(auth))
+        if self._auth is not None:
+            self._serve("auth", self._inbound, self._auth)
         event(log, logging.INFO, "ready", **self.bound())
 
     def bound(self) -> dict[str, str | None]:
@@ -223,14 +231,10 @@ class Sidecar:
         event(log, logging.INFO, "draining", timeout=self.settings.drain_timeout)
         try:
             async with asyncio.timeout(self.settings.drain_timeout):
-                if self._listener is not None:
-                    await self._listener.stop()
-                    self._sockets["inbound"].close()
-                if self._auth is not None:
-                    self._stop_serving("auth")
-                    self._sockets["auth"].close()
+                self._stop_accepting("inbound")
+                self._stop_accepting("auth")
                 await self._inbound.drain()
-                self._stop_serving("outbound")
+                self._stop_accepting("outbound")
                 await self._outbound.drain()
         except TimeoutError:
             event(
@@ -243,14 +247,12 @@ class Sidecar:
 
     async def stop(self) -> None:
         """End everything at once."""
+        self._listeners.abort()
         if self._listener is not None:
-            await self._listener.stop()
             self._listener.abort()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for name in list(self._servers):
-            self._stop_serving(name)
         for service in (self._outbound, self._inbound, self._admin):
             service.abort()
         self.worker.close()
@@ -263,21 +265,20 @@ class Sidecar:
 
     # What the parts tell each other.
 
-    async def _serve(self, name: str, protocol: Callable[[], asyncio.BaseProtocol]) -> None:
-        sock = self._sockets.get(name)
-        if sock is None:
-            return
-        loop = self.worker.loop
-        if sock.family == socket.AF_UNIX:
-            self._servers[name] = await loop.create_unix_server(protocol, sock=sock)
-        else:
-            self._servers[name] = await loop.create_server(protocol, sock=sock)
-        self._say_listening(name)
+    def _serve(self, name: str, service: Service, handler: Handler[Any]) -> None:
+        if name in self._sockets:
+            self._listeners.serve(name, self._sockets[name], service, handler)
+            self._say_listening(name)
 
-    def _stop_serving(self, name: str) -> None:
-        server = self._servers.pop(name, None)
-        if server is not None:
-            server.close()
+    def _stop_accepting(self, name: str) -> None:
+        self._listeners.stop(name)
+        if name in self._sockets:
+            self._sockets[name].close()  # else who comes now would wait for nothing
+
+    def open_connections(self) -> int:
+        """Count the connections of all listeners, and those to upstreams."""
+        services = (self._outbound, self._inbound, self._admin)
+        return sum(len(one.connections) for one in services) + len(self.worker.upstreams)
 
     def _say_listening(self, name: str) -> None:
         address = listen.bound_address(self._sockets[name])

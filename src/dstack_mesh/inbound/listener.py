@@ -1,4 +1,4 @@
-"""Accepting TLS connections: limits before the handshake, and a time limit on it."""
+"""TLS on accepted connections: limits before the handshake, and a time limit on it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable
-from errno import EMFILE
 
 from dstack_mesh.identity.store import IdentityStore, Snapshot
 from dstack_mesh.identity.tls import accept_tls, describe_tls_failure
@@ -17,16 +16,12 @@ from dstack_mesh.relay.service import Service
 
 log = logging.getLogger(__name__)
 
-_ACCEPT_PAUSE = 0.2
-"""Seconds without accepting after the system had no descriptor left for another connection."""
-
-
 MAX_HANDSHAKES = 512
 """Handshakes in progress. An honest one takes milliseconds, a silent one the whole time limit."""
 
 
 class TlsListener:
-    """Accepts on one socket, each handshake in a task of its own until it is done.
+    """Takes accepted sockets, each handshake in a task of its own until it is done.
 
     Where there is no room for another handshake, the oldest in progress gives way (ADR 5): callers
     that never finish theirs cannot keep others out, and cost a bounded amount of memory.
@@ -48,60 +43,31 @@ class TlsListener:
         self._max_connections = max_connections
         self._max_handshakes = min(MAX_HANDSHAKES, max_connections)
         # In their order of age.
-        self._handshakes: dict[asyncio.Task[None], None] = {}
-        self._failures = 0
-        self._accepting: asyncio.Task[None] | None = None
+        self._handshakes: dict[asyncio.Task[None], socket.socket] = {}
 
-    def start(self, sock: socket.socket) -> None:
-        """Begin to accept on a listening, non-blocking socket."""
-        loop = self._service.worker.loop
-        self._accepting = loop.create_task(self._accept(sock))
-
-    async def stop(self) -> None:
-        """Stop accepting; handshakes in progress go on. The socket stays the caller's."""
-        if self._accepting is not None:
-            self._accepting.cancel()
-            await asyncio.gather(self._accepting, return_exceptions=True)
+    def take(self, accepted: socket.socket) -> None:
+        """See `Take`: begin a handshake, or close."""
+        snapshot = self._identity.current
+        if snapshot is None or not self._has_room():
+            accepted.close()
+            return
+        task = self._service.worker.loop.create_task(self._serve(accepted, snapshot))
+        self._handshakes[task] = accepted
+        task.add_done_callback(lambda done: self._handshakes.pop(done, None))
 
     def abort(self) -> None:
         """Give up the handshakes in progress."""
-        for task in list(self._handshakes):
+        for task, accepted in list(self._handshakes.items()):
             task.cancel()
-
-    async def _accept(self, sock: socket.socket) -> None:
-        loop = self._service.worker.loop
-        while True:
-            try:
-                accepted, _ = await loop.sock_accept(sock)
-            except OSError as error:
-                self._accept_failed(error)
-                await asyncio.sleep(_ACCEPT_PAUSE)
-                continue
-            if self._failures:
-                event(log, logging.INFO, "accepting_again", failures=self._failures)
-                self._failures = 0
-            snapshot = self._identity.current
-            if snapshot is None or not self._has_room():
-                accepted.close()
-                continue
-            task = loop.create_task(self._serve(accepted, snapshot))
-            self._handshakes[task] = None
-            task.add_done_callback(lambda done: self._handshakes.pop(done, None))
-            # A full backlog would otherwise be taken in one go, while everybody else waits; and a
-            # task that is cancelled before it has begun closes nothing.
-            await asyncio.sleep(0)
-
-    def _accept_failed(self, error: OSError) -> None:
-        """Say so once, not five times a second for as long as it lasts."""
-        self._failures += 1
-        if self._failures == 1:
-            hint = "; raise the limit on open files (ulimit -n)" if error.errno == EMFILE else ""
-            event(log, logging.WARNING, "accept_failed", error=f"{error}{hint}")
+            accepted.close()  # a task that has not begun closes nothing; TLS's transport keeps it
 
     def _has_room(self) -> bool:
         """Tell whether one more may be let in; the oldest handshake may have to give way."""
         connections, handshakes = len(self._service.connections), len(self._handshakes)
+        if connections + handshakes >= self._max_connections and self._service.give_way():
+            connections -= 1
         if connections >= self._max_connections:
+            self._service.refused()
             return False
         most = min(self._max_handshakes, self._max_connections - connections)
         if handshakes >= most:

@@ -78,6 +78,14 @@ class Connection(Protocol):
         """End the connection at once."""
         ...
 
+    def expire(self, now: float) -> None:
+        """End the connection where it waits for a request."""
+        ...
+
+    def waiting_since(self) -> float:
+        """Tell since when it has waited for a request; `NEVER` where it is not waiting for one."""
+        ...
+
 
 class Client(Protocol):
     """The client's connection, as its exchange sees it."""
