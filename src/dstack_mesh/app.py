@@ -255,6 +255,7 @@ class Sidecar:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for service in (self._outbound, self._inbound, self._admin):
             service.abort()
+            await service.gone()
         self.worker.close()
         for sock in self._sockets.values():
             sock.close()

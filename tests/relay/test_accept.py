@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import logging
 import os
 import resource
@@ -10,9 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tests.integration.harness import eventually
 
 from dstack_mesh.relay import accept as module
 from dstack_mesh.relay.accept import Acceptor, spare_descriptors
+
+Events = list[tuple[str, str, Any]]
+"""Level, name and fields."""
 
 
 class FakeListening:
@@ -81,16 +86,25 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CALM", 0.1)
 
 
+class Log(logging.Handler):
+    """Keeps names and fields of events."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: Events = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields: Any = record.fields  # type: ignore[attr-defined]  # see `dstack_mesh.log`
+        self.events.append((record.levelname, record.getMessage(), fields))
+
+
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[list[logging.LogRecord]]:
-    with caplog.at_level(logging.INFO):
-        yield caplog.records
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.002)
+def log(monkeypatch: pytest.MonkeyPatch) -> Events:
+    handler = Log()
+    monkeypatch.setattr(module.log, "handlers", [handler])
+    monkeypatch.setattr(module.log, "level", logging.INFO)
+    module.log.manager._clear_cache()  # type: ignore[attr-defined]
+    return handler.events
 
 
 async def test_what_is_accepted_is_handed_over_not_blocking() -> None:
@@ -98,7 +112,7 @@ async def test_what_is_accepted_is_handed_over_not_blocking() -> None:
     rig.add_client()
     rig.acceptor.start()
     rig.listening.become_readable()
-    await until(lambda: rig.taken)
+    await eventually(lambda: rig.taken)
     assert rig.taken[0].gettimeout() == 0.0
     rig.close()
 
@@ -130,15 +144,13 @@ async def test_stopped_nothing_is_accepted() -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN])
-async def test_one_connection_that_failed_is_passed_over(
-    number: int, log: list[logging.LogRecord]
-) -> None:
+async def test_one_connection_that_failed_is_passed_over(number: int, log: Events) -> None:
     rig = Rig()
     rig.listening.gives = [OSError(number, "failed")] * 2
     rig.add_client()
     rig.acceptor.start()
     rig.listening.become_readable()
-    await until(lambda: rig.taken)
+    await eventually(lambda: rig.taken)
     assert log == []
     rig.close()
 
@@ -154,39 +166,39 @@ async def test_one_connection_that_failed_is_passed_over(
     ],
 )
 async def test_a_shortage_pauses_accepting_and_is_told_once(
-    number: int, hint: str, log: list[logging.LogRecord]
+    number: int, hint: str, log: Events
 ) -> None:
     rig = Rig()
     rig.listening.gives = [OSError(number, "failed")] * 4
     rig.add_client()
     rig.acceptor.start()
     rig.listening.become_readable()
-    await until(lambda: rig.taken)
+    await eventually(lambda: rig.taken)
     asked = rig.listening.asked
-    gaps = [b - a for a, b in zip(asked[:4], asked[1:5], strict=True)]
+    gaps = [b - a for a, b in itertools.pairwise(asked[:5])]
     assert all(gap >= 0.025 for gap in gaps), "a loop that does not pause eats a whole core"
-    await until(lambda: len(log) == 2)
+    await eventually(lambda: len(log) == 2)
     begin, end = log
-    assert (begin.getMessage(), begin.levelno) == ("accept_paused", logging.WARNING)
-    assert begin.fields["listener"] == "inbound"  # type: ignore[attr-defined]
-    assert hint in begin.fields["reason"]  # type: ignore[attr-defined]
-    assert (end.getMessage(), end.levelno) == ("accept_resumed", logging.INFO)
-    assert end.fields["pauses"] == 4  # type: ignore[attr-defined]
-    assert end.fields["seconds"] >= 0.1  # type: ignore[attr-defined]
+    assert begin[:2] == ("WARNING", "accept_paused")
+    assert begin[2]["listener"] == "inbound"
+    assert hint in begin[2]["reason"]
+    assert end[:2] == ("INFO", "accept_resumed")
+    assert end[2]["pauses"] == 4
+    assert end[2]["seconds"] >= 0.1
     rig.close()
 
 
-async def test_a_shortage_that_comes_and_goes_is_told_as_one(log: list[logging.LogRecord]) -> None:
+async def test_a_shortage_that_comes_and_goes_is_told_as_one(log: Events) -> None:
     rig = Rig()
     rig.acceptor.start()
     rig.listening.become_readable()
     for number in range(1, 6):
         rig.listening.gives.append(OSError(errno.EMFILE, "failed"))
         rig.add_client()
-        await until(lambda number=number: len(rig.taken) == number)
-    assert [one.getMessage() for one in log] == ["accept_paused"]
-    await until(lambda: len(log) == 2)
-    assert log[1].fields["pauses"] == 5  # type: ignore[attr-defined]
+        await eventually(lambda number=number: len(rig.taken) == number)
+    assert [name for _, name, _ in log] == ["accept_paused"]
+    await eventually(lambda: len(log) == 2)
+    assert log[1][2]["pauses"] == 5
     rig.close()
 
 
@@ -196,7 +208,7 @@ async def test_stop_in_a_pause_stays_stopped() -> None:
     rig.add_client()
     rig.acceptor.start()
     rig.listening.become_readable()
-    await until(lambda: rig.listening.asked)
+    await eventually(lambda: rig.listening.asked)
     rig.acceptor.stop()
     await asyncio.sleep(0.08)
     assert rig.taken == []
@@ -220,15 +232,14 @@ def few_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     return say
 
 
-async def test_the_last_descriptors_are_left_to_others(
-    few_left: Any, log: list[logging.LogRecord]
-) -> None:
+async def test_the_last_descriptors_are_left_to_others(few_left: Any, log: Events) -> None:
     few_left(20)
     rig = Rig(spare=8)
     rig.acceptor.start()
     rig.listening.become_readable()
     while not log:
         rig.add_client()
+        rig.listening.become_readable()
         await asyncio.sleep(0.005)
         assert len(rig.taken) < 30
     taken = len(rig.taken)
@@ -238,8 +249,8 @@ async def test_the_last_descriptors_are_left_to_others(
     assert len(rig.taken) == taken, "and they stay free, however long it lasts"
     for sock in rig.taken:
         sock.close()
-    await until(lambda: len(rig.taken) > taken)
-    await until(lambda: len(log) == 2)
+    await eventually(lambda: len(rig.taken) > taken)
+    await eventually(lambda: len(log) == 2)
     rig.close()
 
 
@@ -250,8 +261,8 @@ async def test_where_descriptors_are_short_others_give_way(few_left: Any) -> Non
     rig.add_client()
     rig.acceptor.start()
     rig.listening.become_readable()
-    await until(lambda: rig.taken)
-    await until(lambda: yields.asked >= 4)
+    await eventually(lambda: rig.taken)
+    await eventually(lambda: yields.asked >= 4)
     assert yields.can < 0, "until there is none left that can"
     rig.close()
 
@@ -274,7 +285,7 @@ async def test_no_descriptor_at_all_is_a_shortage_too(monkeypatch: pytest.Monkey
     await asyncio.sleep(0.1)
     assert rig.taken == []
     fails[0] = False
-    await until(lambda: rig.taken)
+    await eventually(lambda: rig.taken)
     rig.close()
 
 

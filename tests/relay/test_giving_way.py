@@ -27,7 +27,7 @@ def test_the_longest_waiting_comes_first() -> None:
 def test_who_has_not_waited_for_long_stays() -> None:
     longest = LongestWaiting()
     assert longest.find([Connection(85.1), Connection(NEVER)], 100.0, 15.0) is None
-    assert longest.find([one := Connection(85.0)], 101.0, 15.0) is one
+    assert longest.find([one := Connection(86.0)], 101.0, 15.0) is one
 
 
 def test_who_has_asked_since_it_was_looked_at_stays() -> None:
@@ -58,5 +58,5 @@ def test_a_flood_does_not_look_at_all_connections_each_time() -> None:
     for _ in range(100):
         assert longest.find(busy, 1000.5, 15.0) is None
     assert busy[0].asked == 1
-    assert longest.find(busy, 1001.6, 15.0) is None
+    assert longest.find(busy, 1000.7, 15.0) is None
     assert busy[0].asked == 2

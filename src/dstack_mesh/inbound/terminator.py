@@ -92,7 +92,8 @@ class Caller:
         self._shared = shared
         self._snapshot = snapshot
         self._peer: PeerIdentity | None = None
-        self._refusal: MeshError | None = None
+        # Made anew for each request: one that was raised keeps all frames it went through.
+        self._refusal: tuple[type[MeshError], str] | None = None
         self._own_fields = (b"", b"")
 
     def connected(self, transport: asyncio.Transport) -> None:
@@ -101,12 +102,14 @@ class Caller:
         try:
             self._peer = self._snapshot.peers.identify(tls, Role.CALLER)
         except ChainRuleBroken as error:
-            self._refusal = ClientCertUntrusted(f"the client certificate is not trusted: {error}")
+            reason = f"the client certificate is not trusted: {error}"
+            self._refusal = ClientCertUntrusted, reason
             return
         if self._peer is None:
-            self._refusal = ClientCertRequired(
+            self._refusal = (
+                ClientCertRequired,
                 "this app answers callers with a certificate of its KMS only; call it through"
-                " a mesh, by x-dstack-target-app"
+                " a mesh, by x-dstack-target-app",
             )
             return
         peer_address = transport.get_extra_info("peername")
@@ -148,7 +151,8 @@ class Caller:
 
     def _authorise(self) -> None:
         if self._refusal is not None:
-            raise self._refusal
+            kind, reason = self._refusal
+            raise kind(reason)
         peer = self._peer
         if peer is None:
             raise ClientCertRequired("no client certificate was shown")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import cast
@@ -16,6 +17,8 @@ from dstack_mesh.relay.tally import Tally
 from dstack_mesh.relay.worker import Worker
 
 log = logging.getLogger(__name__)
+
+_ABORT_SECONDS = 1.0
 
 _QUIET = 60.0
 """Seconds between two log events on the limit: a flood must not become one of the log."""
@@ -109,6 +112,15 @@ class Service:
         """Cut every connection."""
         for connection in list(self.connections):
             connection.cut()
+
+    async def gone(self) -> None:
+        """Wait until every connection that was cut has gone.
+
+        An exchange whose client is still there when its upstream goes may open another one.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ABORT_SECONDS):
+                await self._empty.wait()
 
     # What connections call: see `downstream.Listener`.
 
