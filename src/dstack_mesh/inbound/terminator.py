@@ -83,6 +83,12 @@ class Terminator:
         return Caller(self, snapshot)
 
 
+_NOBODY = (
+    "this app answers callers with a certificate of its KMS only; call it through"
+    " a mesh, by x-dstack-target-app"
+)
+
+
 class Caller:
     """One caller's connection: its identity was settled in the handshake."""
 
@@ -106,11 +112,7 @@ class Caller:
             self._refusal = ClientCertUntrusted, reason
             return
         if self._peer is None:
-            self._refusal = (
-                ClientCertRequired,
-                "this app answers callers with a certificate of its KMS only; call it through"
-                " a mesh, by x-dstack-target-app",
-            )
+            self._refusal = ClientCertRequired, _NOBODY
             return
         peer_address = transport.get_extra_info("peername")
         host = str(peer_address[0]) if peer_address else "127.0.0.1"
