@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -13,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from dstack_mesh import memory
-from dstack_mesh.app import Sidecar
+from dstack_mesh.app import Sidecar, _main
 from dstack_mesh.memory import Collector, let_go
 from dstack_mesh.model import TcpAddress
+from dstack_mesh.settings.load import load_settings
 from tests.integration.harness import eventually, mesh
 from tests.integration.tls_peers import new_app_id
 
@@ -120,6 +123,19 @@ async def test_a_full_collection_does_not_wait_for_ever(
     assert full.count == 1
     await eventually(lambda: full.count >= 2)
     collector.stop()
+
+
+async def test_a_running_sidecar_has_this_policy(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    async with mesh(tmp_path / "world") as one:
+        env = {**one.app("a").env, "MESH_OUTBOUND_LISTEN": "127.0.0.1:0"}
+        settings = load_settings({}, {**env, "MESH_ADMIN_LISTEN": "127.0.0.1:0"}, None).settings
+        running = asyncio.create_task(_main(settings, ready))
+        await eventually(ready.exists)
+        assert gc.get_freeze_count() > 10_000
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await running == 0
+        assert gc.get_freeze_count() == 0
 
 
 async def test_let_go_cuts_the_tie() -> None:

@@ -365,6 +365,20 @@ async def test_the_time_for_a_response(tmp_path: Path, way: str) -> None:
         assert SHORT - 0.05 < time.monotonic() - begin < SHORT + SLACK
 
 
+async def test_the_time_to_connect(tmp_path: Path) -> None:
+    async def silent(wire: Wire) -> None:
+        await wire.to_end()
+
+    async with mesh(tmp_path) as one, origin(silent) as (_, address):
+        target = new_app_id()
+        one.world.gateway.add_route(target, address.host, address.port)
+        await one.start("a", backend=False, MESH_CONNECT_TIMEOUT=str(SHORT))
+        begin = time.monotonic()
+        told = problem(await one.call("a", target), "connect_timeout", 504)
+        assert "MESH_CONNECT_TIMEOUT" in str(told["detail"])
+        assert SHORT - 0.05 < time.monotonic() - begin < SHORT + SLACK
+
+
 # Numbers.
 
 
