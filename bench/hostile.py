@@ -190,6 +190,8 @@ def attack(number: int, idle: int, dripping: int, where: Sequence[str]) -> None:
         # One client address has some 28,000 ports; each thousand connections get their own.
         own = (f"127.1.{number}.{1 + count // 1000}", 0)
         sock = socket.create_connection(_address(where), source_address=own)
+        # A server without session tickets answers no handshake's end, so Nagle would wait here.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tls is not None:
             sock = tls.wrap_socket(sock)
         if count < idle:

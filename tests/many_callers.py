@@ -45,6 +45,8 @@ def _context(what: str, pem: str) -> ssl.SSLContext:
 @contextlib.contextmanager
 def _open(where: tuple[str, int], context: ssl.SSLContext | None) -> Iterator[socket.socket]:
     with socket.create_connection(where, timeout=20) as sock:
+        # A server without session tickets answers no handshake's end, so Nagle would wait here.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if context is None:
             yield sock
             return
