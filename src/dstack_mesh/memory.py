@@ -13,10 +13,10 @@ import gc
 from collections.abc import Callable
 
 _YOUNG = 10_000
-"""Objects that come up, less those that went, before the collector looks at these: some 3 ms."""
+"""Objects that come up, less those that went, before the collector looks at these: 1 to 3 ms."""
 
 _MIDDLE = 5
-"""Such looks before one at all that came up since: some 15 ms."""
+"""Such looks before one at all that came up since: some 10 ms."""
 
 _NEVER = 1_000_000_000
 
