@@ -200,6 +200,7 @@ async def at_rest(sidecar: Sidecar) -> None:
         await asyncio.sleep(0)
 
 
+@pytest.mark.timeout(240)  # 2,000 handshakes, of both sides, on a loaded machine
 @pytest.mark.parametrize(
     ("direction", "what"),
     [
