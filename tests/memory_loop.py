@@ -150,6 +150,7 @@ class MemoryLoop(asyncio.AbstractEventLoop):
         protocol: Upstream,
         context: ssl.SSLContext,
         server_name: str | None,
+        session: ssl.SSLSession | None = None,
     ) -> FakeTransport:
         """Give one on which the handshake goes as the test says: see `tls_client.open_tls`."""
         address = self._addresses[sock.fileno()]

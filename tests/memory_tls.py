@@ -49,6 +49,9 @@ class ShownTls:
     context: None = None
     transport: FakeTransport | None = None
 
+    def version(self) -> str:
+        return "TLSv1.2"  # and so nothing is resumed
+
     def get_verified_chain(self) -> list[bytes]:
         return self.chain
 

@@ -132,6 +132,7 @@ class TlsTransport(StreamProtocol):
         self._settle(failure or ConnectionResetError("the peer ended it"))
         if state in (_OPEN, _CLOSING):
             self._protocol.connection_lost(failure)
+        self._failure = None  # its traceback leads back to here
 
     def pause_writing(self) -> None:
         """Pass on what the event loop wishes."""
@@ -392,6 +393,10 @@ class TlsTransport(StreamProtocol):
     def can_write_eof(self) -> bool:
         """Tell that TLS has no half-close here."""
         return False
+
+    def set_protocol(self, protocol: object) -> None:
+        """Let go of the protocol, which holds this transport: see `memory.let_go`."""
+        self._protocol = StreamProtocol()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """Give `ssl_object`, or what the plain transport knows."""
