@@ -1,8 +1,8 @@
 """The build backend: hatchling's, and wheels with the data plane compiled where that is possible.
 
 mypyc turns the modules of `COMPILED` to C. Where there is no C compiler or no Python.h, or
-`DSTACK_MESH_PURE=1` is set, the wheel is pure Python, which is slower and otherwise the same. Editable installs are always
-pure. See docs/adr/0007-compiled-data-plane.md.
+`DSTACK_MESH_PURE=1` is set, the wheel is pure Python, which is slower and otherwise the same.
+Editable installs are always pure. See docs/adr/0007-compiled-data-plane.md.
 """
 
 from __future__ import annotations
