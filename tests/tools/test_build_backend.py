@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.harness import Client, mesh, request
+from tests.integration.harness import Client, request
 from tests.integration.processes import SidecarProcess, sidecar_process
 from tools.build_hook import CustomBuildHook
 
+from dstack_mesh.model import TcpAddress
 from dstack_mesh.sim.backend import Backend
+from dstack_mesh.sim.world import World
 from tools import build_backend
 
 ROOT = Path(__file__).parents[2]
@@ -317,22 +320,33 @@ async def test_sidecars_of_it_carry_requests(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(package))
-    async with mesh(tmp_path) as one:
-        backend = Backend("b")
-        address = str(await backend.start())
-        a, b = one.app("a"), one.app("b")
-        async with (
-            sidecar_process(a.directory, a.env) as caller,
-            sidecar_process(b.directory, {**b.env, "MESH_BACKEND": address}) as target,
-        ):
-            assert all(map(is_compiled, (caller, target)))
-            async with Client.connect(caller.address("outbound")) as client:
-                for number in range(3):
-                    fields = [("x-dstack-target-app", b.app_id)]
-                    await client.send(request("POST", f"/echo?{number}", fields, b"x" * 70_000))
-                    answer = await client.answer("POST")
-                    assert answer.status == 200
-                    seen = json.loads(answer.body)
-                    assert seen["target"] == f"/echo?{number}"
-                    assert ["x-dstack-app-id", a.app_id] in seen["headers"]
+    backend = Backend("b")
+    address = str(await backend.start())
+    try:
+        async with World(["a", "b"], tmp_path) as world, asyncio.timeout(40):
+            a, b = world.apps["a"], world.apps["b"]
+            async with (
+                sidecar_process(a.directory, a.env) as caller,
+                sidecar_process(b.directory, {**b.env, "MESH_BACKEND": address}) as target,
+            ):
+                assert all(map(is_compiled, (caller, target)))
+                await echo(caller.address("outbound"), a.app_id, b.app_id)
+    finally:
         await backend.aclose()
+
+
+async def echo(sidecar: TcpAddress, caller: str, target: str) -> None:
+    """Send requests on one connection, and look at what the backend saw."""
+    async with Client.connect(sidecar) as client:
+        fields = [("x-dstack-target-app", target)]
+        known = False
+        while not known:  # where the gateway is, it may have to learn yet
+            await client.send(request(headers=fields))
+            known = (await client.answer()).error != "gateway_unknown"
+        for number in range(3):
+            await client.send(request("POST", f"/echo?{number}", fields, b"x" * 70_000))
+            answer = await client.answer("POST")
+            assert answer.status == 200
+            seen = json.loads(answer.body)
+            assert seen["target"] == f"/echo?{number}"
+            assert ["x-dstack-app-id", caller] in seen["headers"]
