@@ -39,11 +39,16 @@ class TlsListener:
         identity: IdentityStore,
         max_connections: int,
         count_handshake: Callable[[str], None] = lambda result: None,
+        handshake_failed: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """`count_handshake` is called with `ok` or `failed` for each TLS handshake."""
+        """`count_handshake` is called with `ok` or `failed` for each TLS handshake.
+
+        `handshake_failed` is told why one failed, but for those that had to give way.
+        """
+        self._handshake_failed = handshake_failed
         self._count_handshake = count_handshake
         self._service = service
-        self._terminator = terminator
+        self.terminator = terminator
         self._identity = identity
         self._max_connections = max_connections
         self._max_handshakes = min(MAX_HANDSHAKES, max_connections)
@@ -112,7 +117,7 @@ class TlsListener:
 
     async def _serve(self, accepted: socket.socket, snapshot: Snapshot) -> None:
         worker = self._service.worker
-        handler = self._terminator.handler(snapshot)
+        handler = self.terminator.handler(snapshot)
         try:
             await accept_tls(
                 worker.loop,
@@ -126,8 +131,6 @@ class TlsListener:
             raise
         except (OSError, ssl.SSLError, TimeoutError) as error:
             self._count_handshake("failed")
-            event(
-                log, logging.DEBUG, "inbound_handshake_failed", reason=describe_tls_failure(error)
-            )
+            self._handshake_failed(describe_tls_failure(error))
         else:
             self._count_handshake("ok")

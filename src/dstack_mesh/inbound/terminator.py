@@ -15,6 +15,7 @@ from dstack_mesh.policy.allow import Allow
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.dial import PlainConnector, authority
 from dstack_mesh.relay.pool import Pool
+from dstack_mesh.relay.tally import PeerTallies, PeerTally
 from dstack_mesh.relay.upstream import Route
 from dstack_mesh.wire.memo import BlockMemo
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
@@ -66,6 +67,8 @@ class Terminator:
     ) -> None:
         """`count_decision` is called with `allow` or `deny` for each decision of policy."""
         self.count_decision = count_decision
+        self.peers = PeerTallies()
+        """By the caller's app-id."""
         self.identity = identity
         self.allow = options.allow
         self.plans: BlockMemo[InboundPlan] = BlockMemo(
@@ -86,7 +89,7 @@ class Terminator:
 class Caller:
     """One caller's connection: its identity was settled in the handshake."""
 
-    __slots__ = ("_own_fields", "_peer", "_refusal", "_shared", "_snapshot")
+    __slots__ = ("_own_fields", "_peer", "_refusal", "_shared", "_snapshot", "tally")
 
     def __init__(self, shared: Terminator, snapshot: Snapshot) -> None:
         self._shared = shared
@@ -94,6 +97,8 @@ class Caller:
         self._peer: PeerIdentity | None = None
         self._refusal: MeshError | None = None
         self._own_fields = (b"", b"")
+        self.tally: PeerTally | None = None
+        """Where the caller's requests are counted; None while there is none that is valid."""
 
     def connected(self, transport: asyncio.Transport) -> None:
         """See `Handler`."""
@@ -109,6 +114,7 @@ class Caller:
                 " a mesh, by x-dstack-target-app"
             )
             return
+        self.tally = self._shared.peers.get(self._peer.app_id)
         peer_address = transport.get_extra_info("peername")
         host = str(peer_address[0]) if peer_address else "127.0.0.1"
         address = host.removeprefix("::ffff:").encode("ascii")
@@ -117,6 +123,11 @@ class Caller:
             b"x-forwarded-proto: https\r\nx-real-ip: %b\r\nx-dstack-app-id: %b\r\n"
             % (address, self._peer.app_id.encode("ascii")),
         )
+
+    @property
+    def app_id(self) -> str:
+        """The caller's verified app-id; empty where it showed none that is valid."""
+        return self._peer.app_id if self._peer is not None else ""
 
     def may_persist(self) -> bool:
         """See `Handler`: an older identity's connections end with their next response."""
@@ -149,6 +160,8 @@ class Caller:
     def _authorise(self) -> None:
         if self._refusal is not None:
             raise self._refusal
+        if self.tally is not None:
+            self.tally.requests += 1
         peer = self._peer
         if peer is None:
             raise ClientCertRequired("no client certificate was shown")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import secrets
 import socket
 import struct
 from typing import Generic, cast
@@ -34,7 +35,6 @@ class Downstream(Generic[P]):
 
     __slots__ = (
         "_exchange",
-        "_handler",
         "_head_started",
         "_lingering",
         "_listener",
@@ -43,6 +43,7 @@ class Downstream(Generic[P]):
         "_saw_eof",
         "_tunnel",
         "deadline",
+        "handler",
         "transport",
         "worker",
         "writable",
@@ -54,7 +55,7 @@ class Downstream(Generic[P]):
         self.deadline = NEVER
         self.writable = True
         self._listener = listener
-        self._handler = handler
+        self.handler = handler
         self._exchange: Exchange | None = None
         self._pending = b""
         self._head_started = False
@@ -74,7 +75,7 @@ class Downstream(Generic[P]):
         if not self._listener.opened(self):
             self._refuse(Overloaded("the limit on connections is reached (MESH_MAX_CONNECTIONS)"))
             return
-        self._handler.connected(self.transport)
+        self.handler.connected(self.transport)
         # A handshake may end after draining has begun; its request is then awaited, but not long.
         timeouts = self.worker.timeouts
         patience = timeouts.head if self._listener.draining else timeouts.idle
@@ -191,13 +192,13 @@ class Downstream(Generic[P]):
     def _begin(self, data: bytes, end: int) -> None:
         eol = data.find(b"\r\n")
         line = parse_request_line(data[:eol])
-        plan = self._handler.plan(line, data[eol + 2 : end + 2])
+        plan = self.handler.plan(line, data[eol + 2 : end + 2])
         check_body(line, plan.fields)
         self._head_started = False
         self.deadline = NEVER
         exchange = self._exchange = Exchange(self, line, plan.fields)
         try:
-            route = self._handler.route(line, plan)
+            route = self.handler.route(line, plan)
         except MeshError as error:
             route = problem(error, plan.fields.request_id.decode("latin-1"))
         rest = data[end + 4 :]
@@ -255,7 +256,7 @@ class Downstream(Generic[P]):
 
     def may_persist(self) -> bool:
         """Tell whether another request is welcome."""
-        return not (self._listener.draining or self._saw_eof) and self._handler.may_persist()
+        return not (self._listener.draining or self._saw_eof) and self.handler.may_persist()
 
     def exchange_ended(self, exchange: Exchange, keep: bool) -> None:
         """Record the exchange; go on with the next request, or close."""
@@ -292,7 +293,9 @@ class Downstream(Generic[P]):
 
     def _refuse(self, error: MeshError, request_id: bytes = b"") -> None:
         """Answer what could not be understood as a request, and close."""
-        answer = problem(error, request_id.decode("latin-1"))
+        named = request_id.decode("latin-1") or secrets.token_hex(16)
+        self._listener.refused(error, named)
+        answer = problem(error, named)
         self.write(answer.render(b"", b"Connection: close\r\n"))
         self._linger()
 

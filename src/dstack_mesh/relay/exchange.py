@@ -16,6 +16,7 @@ from dstack_mesh.errors import (
     ConnectFailed,
     MeshError,
     ResponseTimeout,
+    UpstreamClosed,
     UpstreamProtocolError,
 )
 from dstack_mesh.log import event
@@ -23,7 +24,7 @@ from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.answers import Answer, problem, settled
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.interfaces import Client
-from dstack_mesh.relay.upstream import Route, Upstream
+from dstack_mesh.relay.upstream import Lane, Route, Upstream
 from dstack_mesh.wire.body import Bytes
 from dstack_mesh.wire.fields import MalformedError
 from dstack_mesh.wire.framing import Framing
@@ -50,12 +51,17 @@ class Exchange:
         "bytes_down",
         "bytes_up",
         "code",
+        "connected",
+        "detail",
         "ended",
         "fields",
         "finished",
+        "first_byte",
+        "lane",
         "line",
         "peer",
         "request_done",
+        "request_id",
         "started",
         "status",
         "upstream",
@@ -75,6 +81,13 @@ class Exchange:
         self.status = 0
         self.code = ""
         """The mesh's own error code, or empty."""
+        self.detail = self.request_id = ""
+        """What the error's reader was told; both are empty where there was no error."""
+        self.connected = self.first_byte = 0.0
+        """In the worker's time, else 0: when the connection opened for this was ready (`NEVER`
+        where it was not), and when the response began where that was not its end too."""
+        self.lane: Lane | None = None
+        """Where it went; None where the mesh itself answered."""
         self.peer: PeerIdentity | None = None
         self.bytes_up = 0
         self.bytes_down = 0
@@ -86,11 +99,17 @@ class Exchange:
         self._retried = False
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def handler(self) -> object:
+        """What decided over it."""
+        return self._client.handler
+
     # The request's way up.
 
     def start(self, route: Route, rest: bytes) -> None:
         """Send the request on its way; `rest` is what was read of its body, where it has one."""
         self._route = route
+        self.lane = route.lane
         if not self.request_done:
             self._body = RequestBody(self.fields, route.remove_trailers)
             self._early = rest
@@ -114,6 +133,7 @@ class Exchange:
             self._send_body(data, b"")
 
     def _connect(self) -> None:
+        self.connected = NEVER
         self._task = self.worker.loop.create_task(self._connect_then_attach())
 
     async def _connect_then_attach(self) -> None:
@@ -133,6 +153,7 @@ class Exchange:
             elif upstream.gone:
                 self.fail(lane.connector.lost(upstream.failure))
             else:
+                self.connected = self.worker.clock()
                 self._attach(upstream)
 
     def _attach(self, upstream: Upstream) -> None:
@@ -208,7 +229,9 @@ class Exchange:
         """Stop waiting for the response, or wait anew behind an interim one."""
         self._client.deadline = NEVER
         self.status = response.status
-        if self.status == 0 and self.request_done:
+        if self.status:
+            self.first_byte = 0.0 if response.done else self.worker.clock()
+        elif self.request_done:
             self._request_ended()
 
     def _may_persist(self) -> bool:
@@ -238,8 +261,7 @@ class Exchange:
         if response.status:
             tail = response.end(upstream.clean_end and exc is None)
             if tail is None:
-                self.code = "upstream_closed"
-                self._cut()
+                self.fail(UpstreamClosed("the connection ended in the middle of the response"))
                 return
             self._client.write(tail)
             self._finish(response)
@@ -272,8 +294,8 @@ class Exchange:
                 self.request_done = True
                 if beyond:
                     self._client.keep_for_later(beyond)
-        self.status = answer.status
-        self.code = answer.code
+        self.status, self.code = answer.status, answer.code
+        self.detail, self.request_id = answer.detail, answer.request_id
         keep = self._may_persist()
         if not keep:
             connection = b"Connection: close\r\n"
@@ -303,7 +325,7 @@ class Exchange:
     def fail(self, error: MeshError) -> None:
         """Answer with `error`, or cut the connection where an answer is no longer possible."""
         if self.status:
-            self.code = error.code
+            self.code, self.detail = error.code, error.detail
             self._cut()
             return
         self._drop_upstream()

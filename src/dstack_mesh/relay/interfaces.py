@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from dstack_mesh.errors import MeshError
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.upstream import Route
 from dstack_mesh.relay.worker import Worker
@@ -66,9 +67,18 @@ class Listener(Protocol):
         """Record an exchange that has ended."""
         ...
 
+    def refused(self, error: MeshError, request_id: str) -> None:
+        """Record a head that was answered with `error` before it became an exchange."""
+        ...
+
 
 class Connection(Protocol):
     """What a listener needs of its connections."""
+
+    @property
+    def handler(self) -> object:
+        """What decides over its requests."""
+        ...
 
     def drain(self) -> None:
         """Close now if idle, else after the exchange in progress."""
@@ -85,6 +95,11 @@ class Client(Protocol):
     worker: Worker
     deadline: float
     writable: bool
+
+    @property
+    def handler(self) -> object:
+        """What decides over the connection's requests."""
+        ...
 
     def write(self, data: bytes) -> None:
         """Send to the client."""

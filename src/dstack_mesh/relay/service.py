@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import cast
 
+from dstack_mesh.errors import MeshError
 from dstack_mesh.relay.downstream import Downstream
 from dstack_mesh.relay.exchange import Exchange
 from dstack_mesh.relay.interfaces import Connection, Handler, P
@@ -27,15 +28,25 @@ class Service:
         max_connections: int,
         tally: Tally | None = None,
         record: Recorder | None = None,
+        failed: Recorder | None = None,
+        refused: Callable[[str, MeshError, str], None] | None = None,
     ) -> None:
-        """Exchanges are counted in `tally`, and told to `record`, where there are such."""
+        """Exchanges are counted in `tally` (or that of their way), where there is one.
+
+        They are told to `record`, where there is one, and to `failed` those among them that ended
+        in an error: the mesh's own, a status from 500 up, or no status at all. `refused` is told
+        of heads that were answered before they were an exchange: direction, error, request id.
+        """
         self.worker = worker
         self.direction = direction
         self._tally = tally
         self.draining = False
         self.connections: set[Connection] = set()
         self._max_connections = max_connections
-        self._record = record
+        self.on_record = record
+        """Set at any time, for an access log that is turned on and off."""
+        self._failed = failed
+        self._refused = refused
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -79,14 +90,26 @@ class Service:
 
     def record(self, exchange: Exchange) -> None:
         """Record an exchange that has ended."""
-        if self._tally is not None:
-            self._tally.add(
+        lane = exchange.lane
+        tally = self._tally if lane is None or lane.tally is None else lane.tally
+        status = exchange.status
+        if tally is not None:
+            tally.add(
                 exchange.line.method,
-                exchange.status,
+                status,
                 exchange.code,
                 exchange.bytes_up,
                 exchange.bytes_down,
                 exchange.finished - exchange.started,
             )
-        if self._record is not None:
-            self._record(self.direction, exchange)
+        if self._failed is not None and (exchange.code or status >= 500 or not status):
+            self._failed(self.direction if tally is None else tally.direction, exchange)
+        if self.on_record is not None:
+            self.on_record(self.direction if tally is None else tally.direction, exchange)
+
+    def refused(self, error: MeshError, request_id: str) -> None:
+        """Record a head that was answered with `error` before it became an exchange."""
+        if self._tally is not None:
+            self._tally.refuse(error.status, error.code)
+        if self._refused is not None:
+            self._refused(self.direction, error, request_id)

@@ -14,14 +14,18 @@ _METHODS = frozenset(
     (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH")
 )
 _OTHER = b"other"
+OTHERS = "others"
+"""The name of all peers beyond those that are counted one by one."""
 
 
 class Tally:
     """Counts exchanges that have ended. Bounded, whatever methods clients come up with."""
 
-    __slots__ = ("buckets", "bytes_down", "bytes_up", "requests", "seconds")
+    __slots__ = ("buckets", "bytes_down", "bytes_up", "direction", "requests", "seconds")
 
-    def __init__(self) -> None:
+    def __init__(self, direction: str) -> None:
+        self.direction = direction
+        """`outbound`, `inbound` or `agent`."""
         self.requests: dict[tuple[bytes, int, str], int] = {}
         """By method, hundreds of the status (0 for none), and the mesh's own error code."""
         self.bytes_up = 0
@@ -40,3 +44,46 @@ class Tally:
         self.bytes_down += down
         self.buckets[bisect_left(BUCKETS, seconds)] += 1
         self.seconds += seconds
+
+    def refuse(self, status: int, code: str) -> None:
+        """Count a head that was refused before it became an exchange, which has no duration."""
+        key = (_OTHER, status // 100, code)
+        self.requests[key] = self.requests.get(key, 0) + 1
+
+
+class PeerTally:
+    """What one app was asked, or has asked for."""
+
+    __slots__ = ("errors", "last_error", "name", "requests")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        """The app-id, and for a target what else the request's headers said; see its maker."""
+        self.requests = 0
+        self.errors = 0
+        """Requests that ended in an error of the mesh's own."""
+        self.last_error: tuple[float, str, str] | None = None
+        """When (seconds since 1970), its code, its detail."""
+
+
+class PeerTallies:
+    """The tallies of all peers of one direction; those over the limit share the last one."""
+
+    def __init__(self, limit: int = 256) -> None:
+        self._limit = limit
+        self._by_name: dict[str, PeerTally] = {}
+        self._others = PeerTally(OTHERS)
+
+    def get(self, name: str) -> PeerTally:
+        """Give the tally of `name`. To be kept by who asks: once a connection, not a request."""
+        found = self._by_name.get(name)
+        if found is None:
+            if len(self._by_name) >= self._limit:
+                return self._others
+            found = self._by_name[name] = PeerTally(name)
+        return found
+
+    def all(self) -> list[PeerTally]:
+        """Give those that were asked for."""
+        others = [self._others] if self._others.requests or self._others.errors else []
+        return [*self._by_name.values(), *others]

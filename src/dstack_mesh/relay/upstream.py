@@ -9,6 +9,7 @@ from typing import Protocol, cast
 from dstack_mesh.errors import MeshError
 from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.deadlines import NEVER
+from dstack_mesh.relay.tally import PeerTally, Tally
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.wire.translate import ResponseRules
 
@@ -185,11 +186,21 @@ class Upstream:
 class Lane:
     """The connections to one destination: most recently used first."""
 
-    __slots__ = ("connector", "idle", "open", "retired", "worker")
+    __slots__ = ("connector", "idle", "open", "peer", "retired", "tally", "worker")
 
-    def __init__(self, worker: Worker, connector: Connector) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        connector: Connector,
+        tally: Tally | None = None,
+        peer: PeerTally | None = None,
+    ) -> None:
         self.worker = worker
         self.connector = connector
+        self.tally = tally
+        """Where exchanges that go this way are counted; None: where their listener's are."""
+        self.peer = peer
+        """Where those that go to this peer are counted; None where it is no app."""
         self.idle: list[Upstream] = []
         self.open = 0
         """Connections, idle and busy."""
