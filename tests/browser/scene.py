@@ -1,4 +1,4 @@
-"""A mesh with something to see on its status page: traffic, refusals, and a browser to look at it."""
+"""A mesh with something to see on its status page, and a browser to look at it."""
 
 from __future__ import annotations
 

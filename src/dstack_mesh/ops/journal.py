@@ -17,7 +17,6 @@ from typing import Literal, NamedTuple
 from dstack_mesh import errors
 from dstack_mesh.errors import MeshError
 from dstack_mesh.inbound.auth_service import AuthService
-from dstack_mesh.inbound.terminator import Caller
 from dstack_mesh.log import event
 from dstack_mesh.log_limit import LogLimit
 from dstack_mesh.ops.report import Incident
@@ -185,7 +184,8 @@ def _subject(exchange: Exchange) -> _Subject:
     if isinstance(handler, AuthService):
         asked = handler.asked(exchange.fields)
         return _Subject(asked.app_id, _text(asked.method), _path(asked.target))
-    peer = handler.app_id if isinstance(handler, Caller) else _target(exchange)
+    caller = getattr(handler, "app_id", None)  # a `Caller` has one, the outbound proxy has none
+    peer = caller if isinstance(caller, str) else _target(exchange)
     return _Subject(peer, _text(line.method), _path(line.target))
 
 
@@ -212,9 +212,9 @@ def _rule(exchange: Exchange) -> str:
 
 
 def _tally(exchange: Exchange) -> PeerTally | None:
-    handler = exchange.handler
-    if isinstance(handler, Caller):
-        return handler.tally
+    tally = getattr(exchange.handler, "tally", None)
+    if isinstance(tally, PeerTally):
+        return tally
     return exchange.lane.peer if exchange.lane is not None else None
 
 
