@@ -98,7 +98,9 @@ def record(
 def test_a_mesh_that_did_nothing() -> None:
     families = parse(text(Metrics("1.2.3")))
     assert {name: family.kind for name, family in families.items()} == {
-        "dstack_mesh_build_info": "gauge"
+        "dstack_mesh_handshakes_total": "counter",
+        "dstack_mesh_policy_decisions_total": "counter",
+        "dstack_mesh_build_info": "gauge",
     }, "a family without a sample is no family"
     assert only(families["dstack_mesh_build_info"]) == {("1.2.3",): 1}
     assert all(family.help.endswith(".") for family in families.values())
@@ -153,12 +155,18 @@ def test_handshakes_and_decisions() -> None:
     for decision in ("allow", "deny", "allow"):
         metrics.count_decision(decision)
     families = parse(text(metrics))
-    assert only(families["dstack_mesh_handshakes_total"]) == {
+    handshakes = only(families["dstack_mesh_handshakes_total"])
+    assert {key: count for key, count in handshakes.items() if count} == {
         ("outbound", "ok"): 2,
         ("outbound", "tls_failed"): 1,
         ("inbound", "ok"): 1,
     }
-    assert only(families["dstack_mesh_policy_decisions_total"]) == {("allow",): 2, ("deny",): 1}
+    assert handshakes["outbound", "peer_app_id_mismatch"] == 0, "so that the first is an increase"
+    assert only(families["dstack_mesh_policy_decisions_total"]) == {
+        ("allow",): 2,
+        ("audit",): 0,
+        ("deny",): 1,
+    }
 
 
 def buckets(family: Family, direction: str) -> dict[float, float]:

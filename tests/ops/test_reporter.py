@@ -38,7 +38,7 @@ async def test_who_calls_whom(one: Mesh) -> None:
         Peer(one.app_id("a"), 3, 0, 1, 0, None),
         Peer(one.app_id("c"), 1, 1, 1, 0, inbound.callers[1].last_error),
     ]
-    assert inbound.decisions == {"allow": 3, "deny": 1}
+    assert inbound.decisions == {"allow": 3, "audit": 0, "deny": 1}
     (denied,) = inbound.incidents
     assert (denied.code, denied.direction, denied.peer) == (
         "policy_denied",

@@ -9,11 +9,30 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from dstack_mesh import errors
 from dstack_mesh.ops.families import Family, Kind, Merge, Sample
 from dstack_mesh.relay.tally import BUCKETS, Tally
 
 Samples = Iterable[tuple[dict[str, str], float]]
 """Labels and value of each."""
+
+
+_HANDSHAKES = (
+    *(
+        ("outbound", result)
+        for result in (
+            "ok",
+            errors.ConnectTimeout.code,
+            errors.PeerAppIdMismatch.code,
+            errors.PeerRejectedUs.code,
+            errors.PeerUntrusted.code,
+            errors.TlsFailed.code,
+        )
+    ),
+    ("inbound", "ok"),
+    ("inbound", "failed"),
+)
+_DECISIONS = ("allow", "audit", "deny")
 
 
 class Metrics:
@@ -22,8 +41,9 @@ class Metrics:
     def __init__(self, version: str) -> None:
         self._version = version
         self._tallies: dict[str, Tally] = {}
-        self._handshakes: Counter[tuple[str, str]] = Counter()
-        self.decisions: Counter[str] = Counter()
+        # From 0 on: a rule about an increase does not see the first of what begins with 1.
+        self._handshakes: Counter[tuple[str, str]] = Counter(dict.fromkeys(_HANDSHAKES, 0))
+        self.decisions: Counter[str] = Counter(dict.fromkeys(_DECISIONS, 0))
         """Policy's, by what they were."""
         self._read: list[tuple[str, Kind, str, Callable[[], Samples], Merge]] = []
 

@@ -124,7 +124,8 @@ function showChecks(readiness) {
 
 function showPolicy(status) {
   const allow = status.settings["inbound.allow"];
-  const decisions = Object.entries(status.decisions).map(([name, n]) => `${name} ${count(n)}`);
+  const made = Object.entries(status.decisions).filter(([, n]) => n > 0);
+  const decisions = made.map(([name, n]) => `${name} ${count(n)}`);
   setFacts(byId("policy-facts"), [
     ["Callers", allow === "any" ? "any app of this KMS" : allow.split(",").map(shortId).join(", ")],
     ["Decisions", decisions.join(", ") || "none yet"],
