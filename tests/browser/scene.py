@@ -23,13 +23,13 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @contextlib.asynccontextmanager
-async def browser() -> AsyncIterator[Browser]:
-    """Run Debian's chromium for the block."""
+async def browser(*arguments: str) -> AsyncIterator[Browser]:
+    """Run the system's chromium for the block."""
     from playwright.async_api import async_playwright
 
     async with async_playwright() as playwright:
         one = await playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", *arguments]
         )
         try:
             yield one

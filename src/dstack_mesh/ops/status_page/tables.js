@@ -1,6 +1,7 @@
 // Tables that are brought up to date row by row, so that focus and selection stay where they are.
 
 function syncRows(body, items, keyOf, make, update) {
+  const focused = document.activeElement;
   const known = new Map([...body.children].map((row) => [row.dataset.key, row]));
   let at = body.firstElementChild;
   for (const item of items) {
@@ -12,6 +13,7 @@ function syncRows(body, items, keyOf, make, update) {
     update(row, item);
   }
   for (const row of known.values()) row.remove();
+  if (body.contains(focused) && document.activeElement !== focused) focused.focus();  // its row moved
 }
 
 const number = () => el("td", { class: "n" });
