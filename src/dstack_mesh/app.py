@@ -219,10 +219,10 @@ class Sidecar:
         for name, address in addresses.items():
             if address is not None:
                 self._sockets[name] = listen.bind(address)
-        await self._serve("outbound", lambda: self._outbound.protocol(self._proxy))
+        await self._serve("outbound", lambda: self._outbound.protocol(self._proxy).as_protocol())
         if settings.admin.listen is not None:
             admin = Admin(self._collect, settings.admin.listen)
-            await self._serve("admin", lambda: self._admin.protocol(admin))
+            await self._serve("admin", lambda: self._admin.protocol(admin).as_protocol())
         loop = self.worker.loop
         self._tasks = [
             loop.create_task(self.identity.run()),
@@ -237,7 +237,7 @@ class Sidecar:
             self._say_listening("inbound")
         auth = self._auth
         if auth is not None:
-            await self._serve("auth", lambda: self._inbound.protocol(auth))
+            await self._serve("auth", lambda: self._inbound.protocol(auth).as_protocol())
         event(log, logging.INFO, "ready", **self.bound())
 
     def bound(self) -> dict[str, str | None]:

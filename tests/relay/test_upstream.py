@@ -20,7 +20,7 @@ class Sink:
         self.lost: list[tuple[Exception | None, bool]] = []
         self.writable: list[bool] = []
 
-    def response_data(self, data: memoryview) -> None:
+    def response_data(self, data: bytes) -> None:
         self.data += data
 
     def upstream_lost(self, upstream: Upstream, exc: Exception | None) -> None:

@@ -9,7 +9,6 @@ lets nobody through while that is not known.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
 from collections import OrderedDict
@@ -31,7 +30,9 @@ from dstack_mesh.identity.store import Snapshot
 from dstack_mesh.model import AppId, PeerIdentity, Role
 from dstack_mesh.policy.allow import Allow
 from dstack_mesh.relay.answers import Answer, problem
+from dstack_mesh.relay.interfaces import Handler, Plan
 from dstack_mesh.relay.tally import PeerTallies
+from dstack_mesh.relay.upstream import Route
 from dstack_mesh.wire.memo import BlockMemo
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
 
@@ -61,13 +62,13 @@ class OwnIdentity(Protocol):
         ...
 
 
-class AuthPlan:
+class AuthPlan(Plan):
     """What nginx asks, as far as its field lines tell; remembered with them."""
 
-    __slots__ = ("certificate", "fields", "method", "refusal", "target")
+    __slots__ = ("certificate", "method", "refusal", "target")
 
     def __init__(self, fields: RequestFields) -> None:
-        self.fields = fields
+        super().__init__(fields)
         said: dict[bytes, set[bytes]] = {name: set() for name in _ASKED_FOR}
         for name, value in fields.removed:
             if name in said:  # and not a look-alike (`x_client_cert`), which says nothing
@@ -139,7 +140,7 @@ class KnownLeaves:
         return found
 
 
-class AuthService:
+class AuthService(Handler[AuthPlan]):
     """The handler of all connections of the auth listener."""
 
     def __init__(
@@ -162,13 +163,6 @@ class AuthService:
 
     # What a connection calls: see `downstream.Handler`.
 
-    def connected(self, transport: asyncio.Transport) -> None:
-        """See `Handler`."""
-
-    def may_persist(self) -> bool:
-        """See `Handler`."""
-        return True
-
     def plan(self, line: RequestLine, block: bytes) -> AuthPlan:
         """See `Handler`. nginx knows no other denial than 401 and 403, so neither does this."""
         try:
@@ -178,7 +172,7 @@ class AuthService:
         except (BadRequest, HeaderTooLarge) as error:
             raise ClientCertUntrusted(f"nginx's question cannot be read: {error}") from error
 
-    def route(self, line: RequestLine, plan: AuthPlan) -> Answer:
+    def route(self, line: RequestLine, plan: AuthPlan, last: Route | None = None) -> Answer:
         """See `Handler`."""
         path = line.target.partition(b"?")[0]
         try:

@@ -14,6 +14,7 @@ from dstack_mesh.model import Address, PeerIdentity, Role
 from dstack_mesh.policy.allow import Allow
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.dial import PlainConnector, authority
+from dstack_mesh.relay.interfaces import Handler, Plan
 from dstack_mesh.relay.pool import Pool
 from dstack_mesh.relay.tally import PeerTallies, PeerTally
 from dstack_mesh.relay.upstream import Route
@@ -34,13 +35,13 @@ _REMOVE = frozenset(
 )
 
 
-class InboundPlan:
+class InboundPlan(Plan):
     """What a request's field lines mean to this side; remembered with them."""
 
-    __slots__ = ("fields", "forwarded_for")
+    __slots__ = ("forwarded_for",)
 
     def __init__(self, fields: RequestFields) -> None:
-        self.fields = fields
+        super().__init__(fields)
         said = [value for name, value in fields.removed if name == _FORWARDED_FOR and value]
         self.forwarded_for = b", ".join([*said, b""])
         """What the caller said, ready for an address to be put behind it."""
@@ -86,7 +87,7 @@ class Terminator:
         return Caller(self, snapshot)
 
 
-class Caller:
+class Caller(Handler[InboundPlan]):
     """One caller's connection: its identity was settled in the handshake."""
 
     __slots__ = ("_own_fields", "_peer", "_refusal", "_shared", "_snapshot", "tally")
@@ -139,11 +140,15 @@ class Caller:
             return self._shared.plans.get(block)
         return InboundPlan(parse_request_fields(block, line.minor, _REMOVE, line.authority))
 
-    def route(self, line: RequestLine, plan: InboundPlan) -> Route | Answer:
+    def route(
+        self, line: RequestLine, plan: InboundPlan, last: Route | None = None
+    ) -> Route | Answer:
         """See `Handler`."""
         if line.target.partition(b"?")[0] == b"/health" and line.method in (b"GET", b"HEAD"):
             return Answer(200, b"OK\n", "text/plain; charset=utf-8")
         self._authorise()
+        if last is not None:
+            return last
         address, own = self._own_fields
         shared = self._shared
         head = b"%b %b HTTP/1.1\r\n%b%bx-forwarded-for: %b%b\r\n%b\r\n" % (

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from dstack_mesh.model import Address, UnixAddress
 from dstack_mesh.ops.families import exposition
@@ -12,8 +11,9 @@ from dstack_mesh.ops.merge import merge_reports
 from dstack_mesh.ops.page import page
 from dstack_mesh.ops.report import WorkerReport
 from dstack_mesh.relay.answers import Answer, json_answer
+from dstack_mesh.relay.interfaces import Decision, Handler, Plan
 from dstack_mesh.relay.upstream import Route
-from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
+from dstack_mesh.wire.request import RequestLine, parse_request_fields
 
 Collect = Callable[[bool], Awaitable[Sequence[WorkerReport]]]
 """Asks every worker process for its report; with True the backend's port is asked too."""
@@ -27,16 +27,7 @@ _OPEN = ("/livez", "/readyz", "/readyz/inbound", "/metrics")
 _LOCAL = ("/status", "/")
 
 
-class AdminPlan:
-    """A request's fields; nothing else of them matters here."""
-
-    __slots__ = ("fields",)
-
-    def __init__(self, fields: RequestFields) -> None:
-        self.fields = fields
-
-
-class Admin:
+class Admin(Handler[Plan]):
     """The handler of all connections of the admin listener."""
 
     def __init__(self, collect: Collect, address: Address) -> None:
@@ -46,20 +37,11 @@ class Admin:
         # A web site could have its name lead to 127.0.0.1 and then read what is here.
         self._checks_host = not isinstance(address, UnixAddress)
 
-    def connected(self, transport: asyncio.Transport) -> None:
+    def plan(self, line: RequestLine, block: bytes) -> Plan:
         """See `Handler`."""
+        return Plan(parse_request_fields(block, line.minor, _NOTHING, line.authority))
 
-    def may_persist(self) -> bool:
-        """See `Handler`."""
-        return True
-
-    def plan(self, line: RequestLine, block: bytes) -> AdminPlan:
-        """See `Handler`."""
-        return AdminPlan(parse_request_fields(block, line.minor, _NOTHING, line.authority))
-
-    def route(
-        self, line: RequestLine, plan: AdminPlan
-    ) -> Route | Answer | Coroutine[None, None, Answer]:
+    def route(self, line: RequestLine, plan: Plan, last: Route | None = None) -> Decision:
         """See `Handler`."""
         path = line.target.partition(b"?")[0].decode("latin-1")
         if line.method not in (b"GET", b"HEAD"):

@@ -141,7 +141,7 @@ def _callers(parts: Parts) -> Iterable[report.Peer]:
     open_: Counter[str] = Counter()
     for service in parts.services:
         for connection in service.connections:
-            tally = getattr(connection.handler, "tally", None)
+            tally = getattr(connection.handler(), "tally", None)
             if isinstance(tally, PeerTally):
                 open_[tally.name] += 1
     for tally in parts.callers.all():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from dstack_mesh.errors import (
     ConnectFailed,
@@ -23,12 +23,15 @@ from dstack_mesh.identity.tls import describe_tls_failure, refused_our_certifica
 from dstack_mesh.model import PeerIdentity, Role
 from dstack_mesh.outbound.target import Endpoint
 from dstack_mesh.relay.dial import open_socket, reason
-from dstack_mesh.relay.upstream import Lane, Upstream
+from dstack_mesh.relay.tls import open_tls
+from dstack_mesh.relay.upstream import Connector, Lane, Upstream
+from dstack_mesh.relay.worker import Worker
 
-_SHUTDOWN_TIMEOUT = 2.0
+OpenTls = Callable[[Worker, socket.socket, Upstream, ssl.SSLContext, str | None], Awaitable[object]]
+"""What `relay.tls.open_tls` is, and what tests put in its place."""
 
 
-class MeshConnector:
+class MeshConnector(Connector):
     """Opens connections to one endpoint, and hands out none whose target is not verified."""
 
     def __init__(
@@ -38,6 +41,7 @@ class MeshConnector:
         connect_timeout: float,
         gateway_failed: Callable[[], None],
         count_handshake: Callable[[str], None],
+        open_tls: OpenTls = open_tls,
     ) -> None:
         """`gateway_failed` is called when the gateway's address could not be reached.
 
@@ -48,6 +52,7 @@ class MeshConnector:
         self._timeout = connect_timeout
         self._gateway_failed = gateway_failed
         self._count_handshake = count_handshake
+        self._open_tls = open_tls
 
     async def connect(self, lane: Lane) -> Upstream:
         """See `Connector`."""
@@ -98,15 +103,9 @@ class MeshConnector:
 
     async def _tls(self, lane: Lane, snapshot: Snapshot, sock: socket.socket) -> Upstream:
         upstream = Upstream(lane)
+        name = self._endpoint.server_name
         try:
-            await lane.worker.loop.create_connection(
-                upstream.as_protocol,
-                sock=sock,
-                ssl=snapshot.client_context,
-                server_hostname=self._endpoint.server_name or "",
-                ssl_handshake_timeout=self._timeout,
-                ssl_shutdown_timeout=_SHUTDOWN_TIMEOUT,
-            )
+            await self._open_tls(lane.worker, sock, upstream, snapshot.client_context, name)
         except ssl.SSLCertVerificationError as error:
             raise PeerUntrusted(
                 f"{self._name()} showed a certificate that does not verify under this KMS: "

@@ -8,13 +8,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from dstack_mesh.log import event
 
 log = logging.getLogger(__name__)
 
-NEVER = math.inf
+NEVER: Final = math.inf
 
 
 @dataclass(frozen=True, slots=True)

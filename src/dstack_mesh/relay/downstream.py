@@ -8,54 +8,63 @@ import re
 import secrets
 import socket
 import struct
-from typing import Generic, cast
+from typing import Any, Final, Generic
 
 from dstack_mesh.errors import BadRequest, HeaderTooLarge, MeshError, Overloaded, UriTooLong
 from dstack_mesh.relay.answers import Answer, find_request_id, problem
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.exchange import Exchange
-from dstack_mesh.relay.interfaces import Handler, Listener, P
+from dstack_mesh.relay.interfaces import Client, Decision, Handler, Listener, P
 from dstack_mesh.relay.upstream import Route
-from dstack_mesh.wire.body import Bytes
 from dstack_mesh.wire.fields import has_bare_lf, is_token
 from dstack_mesh.wire.limits import (
     MAX_HEAD_BYTES,
     MAX_REQUEST_LINE_BYTES,
     MAX_REQUEST_TARGET_BYTES,
 )
-from dstack_mesh.wire.request import check_body, parse_request_line
+from dstack_mesh.wire.request import RequestLine, check_body, parse_request_line
 
-_WRITE_HIGH_WATER = 128 * 1024
+_WRITE_HIGH_WATER: Final = 128 * 1024
 _after_empty_lines = re.compile(rb"\A(?:\r\n)+").sub
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+_MAX_REPEATED_BYTES: Final = 2048
+"""What a connection may hold in memory of its last head."""
 
 
-class Downstream(Generic[P]):
+class _Repeat(Generic[P]):
+    """A request without a body, and what was decided for it: clients ask the same again."""
+
+    __slots__ = ("head", "line", "plan", "route")
+
+    def __init__(self, head: bytes, line: RequestLine, plan: P, route: Route) -> None:
+        self.head = head
+        self.line = line
+        self.plan = plan
+        self.route = route
+
+
+class Downstream(Client, Generic[P]):
     """The server's end of one HTTP/1.1 connection."""
 
     __slots__ = (
         "_exchange",
+        "_handler",
         "_head_started",
+        "_last",
         "_lingering",
         "_listener",
         "_paused",
         "_pending",
         "_saw_eof",
         "_tunnel",
-        "deadline",
-        "handler",
         "transport",
-        "worker",
-        "writable",
     )
 
     def __init__(self, listener: Listener, handler: Handler[P]) -> None:
-        self.worker = listener.worker
-        self.transport: asyncio.Transport
-        self.deadline = NEVER
-        self.writable = True
+        super().__init__(listener.worker)
+        self.transport: Any = None
         self._listener = listener
-        self.handler = handler
+        self._handler = handler
         self._exchange: Exchange | None = None
         self._pending = b""
         self._head_started = False
@@ -63,35 +72,35 @@ class Downstream(Generic[P]):
         self._lingering = False
         self._tunnel = False
         self._saw_eof = False
+        self._last: _Repeat[P] | None = None
 
     # What asyncio calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.BaseProtocol`."""
-
-        self.transport = cast("asyncio.Transport", transport)
+        self.transport = transport
         self.transport.set_write_buffer_limits(high=_WRITE_HIGH_WATER)
         self.worker.deadlines.watch(self)
         if not self._listener.opened(self):
             self._refuse(Overloaded("the limit on connections is reached (MESH_MAX_CONNECTIONS)"))
             return
-        self.handler.connected(self.transport)
+        self._handler.connected(self.transport)
         # A handshake may end after draining has begun; its request is then awaited, but not long.
         timeouts = self.worker.timeouts
         patience = timeouts.head if self._listener.draining else timeouts.idle
         self.deadline = self.worker.clock() + patience
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """Lend the worker's read buffer."""
-        return self.worker.buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
+    def data_received(self, data: bytes) -> None:
         """Take what was read."""
         exchange = self._exchange
         if exchange is not None:
-            exchange.request_data(self.worker.buffer[:nbytes])
-        elif not self._lingering:
-            self._head_data(bytes(self.worker.buffer[:nbytes]))
+            exchange.request_data(data)
+        elif self._lingering:
+            pass
+        elif self._last is not None and data == self._last.head and not self._pending:
+            self._repeat(self._last)
+        else:
+            self._head_data(data)
 
     def eof_received(self) -> bool:
         """Let a client that has only finished sending get its answer (plain TCP)."""
@@ -192,18 +201,35 @@ class Downstream(Generic[P]):
     def _begin(self, data: bytes, end: int) -> None:
         eol = data.find(b"\r\n")
         line = parse_request_line(data[:eol])
-        plan = self.handler.plan(line, data[eol + 2 : end + 2])
+        plan = self._handler.plan(line, data[eol + 2 : end + 2])
         check_body(line, plan.fields)
         self._head_started = False
+        rest = data[end + 4 :]
+        exchange, route = self._open(line, plan, None)
+        if not exchange.request_done:
+            pass
+        elif rest:
+            self.keep_for_later(rest)
+        elif isinstance(route, Route) and len(data) <= _MAX_REPEATED_BYTES:
+            self._last = _Repeat(data, line, plan, route)
+        self._go(exchange, route, rest)
+
+    def _repeat(self, last: _Repeat[P]) -> None:
+        """Take a head that is the last one again, byte for byte."""
+        exchange, route = self._open(last.line, last.plan, last.route)
+        if isinstance(route, Route):
+            last.route = route
+        self._go(exchange, route, b"")
+
+    def _open(self, line: RequestLine, plan: P, last: Route | None) -> tuple[Exchange, Decision]:
         self.deadline = NEVER
         exchange = self._exchange = Exchange(self, line, plan.fields)
         try:
-            route = self.handler.route(line, plan)
+            return exchange, self._handler.route(line, plan, last)
         except MeshError as error:
-            route = problem(error, plan.fields.request_id.decode("latin-1"))
-        rest = data[end + 4 :]
-        if rest and exchange.request_done:
-            self.keep_for_later(rest)
+            return exchange, problem(error, plan.fields.request_id.decode("latin-1"))
+
+    def _go(self, exchange: Exchange, route: Decision, rest: bytes) -> None:
         if isinstance(route, Route):
             exchange.start(route, rest)
         elif isinstance(route, Answer):
@@ -219,6 +245,10 @@ class Downstream(Generic[P]):
                 self._head_data(data)
             if self._exchange is None and self.writable:
                 self.resume_reading()
+
+    def handler(self) -> object:
+        """See `Client`."""
+        return self._handler
 
     # What the exchange calls: see `exchange.Client`.
 
@@ -240,7 +270,7 @@ class Downstream(Generic[P]):
             self._paused = False
             self.transport.resume_reading()
 
-    def keep_for_later(self, data: Bytes) -> None:
+    def keep_for_later(self, data: bytes) -> None:
         """Hold bytes behind the request's end, and no more than one read's worth of them."""
         self._pending += data
         self.pause_reading()
@@ -256,7 +286,7 @@ class Downstream(Generic[P]):
 
     def may_persist(self) -> bool:
         """Tell whether another request is welcome."""
-        return not (self._listener.draining or self._saw_eof) and self.handler.may_persist()
+        return not (self._listener.draining or self._saw_eof) and self._handler.may_persist()
 
     def exchange_ended(self, exchange: Exchange, keep: bool) -> None:
         """Record the exchange; go on with the next request, or close."""

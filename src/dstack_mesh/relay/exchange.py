@@ -24,10 +24,8 @@ from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.answers import Answer, problem, settled
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.interfaces import Client
-from dstack_mesh.relay.upstream import Lane, Route, Upstream
-from dstack_mesh.wire.body import Bytes
+from dstack_mesh.relay.upstream import Lane, ResponseSink, Route, Upstream
 from dstack_mesh.wire.fields import MalformedError
-from dstack_mesh.wire.framing import Framing
 from dstack_mesh.wire.request import RequestFields, RequestLine
 from dstack_mesh.wire.translate import RequestBody, Response, behind_body
 
@@ -37,7 +35,7 @@ _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE
 """RFC 9110 9.2.2."""
 
 
-class Exchange:
+class Exchange(ResponseSink):
     """See the module. Recorded once, when it has ended."""
 
     __slots__ = (
@@ -76,7 +74,7 @@ class Exchange:
         self.started = self.worker.clock()
         self.finished = 0.0
         """In the worker's time, as `started`; 0 before the end."""
-        self.request_done = fields.framing is Framing.NONE
+        self.request_done = not fields.has_body
         self.ended = False
         self.status = 0
         self.code = ""
@@ -102,7 +100,7 @@ class Exchange:
     @property
     def handler(self) -> object:
         """What decided over it."""
-        return self._client.handler
+        return self._client.handler()
 
     # The request's way up.
 
@@ -119,14 +117,14 @@ class Exchange:
         else:
             self._connect()
 
-    def request_data(self, data: memoryview) -> None:
+    def request_data(self, data: bytes) -> None:
         """Take what the client sent after its head."""
         if self.upstream is None and not self.request_done:
             self._early += data
             self._client.pause_reading()
         elif self.upstream is not None and self._response is not None and self._response.switched:
             self.bytes_up += len(data)
-            self.upstream.write(bytes(data))
+            self.upstream.write(data)
         elif self.request_done:
             self._client.keep_for_later(data)
         else:
@@ -173,7 +171,7 @@ class Exchange:
         if not self.ended and upstream.writable:
             self._client.resume_reading()
 
-    def _send_body(self, data: Bytes, head: bytes) -> None:
+    def _send_body(self, data: bytes, head: bytes) -> None:
         assert self._body is not None  # noqa: S101 - there is one until the request is done
         assert self.upstream is not None  # noqa: S101 - callers have looked
         try:
@@ -196,13 +194,13 @@ class Exchange:
 
     # The response's way down.
 
-    def response_data(self, data: memoryview) -> None:
+    def response_data(self, data: bytes) -> None:
         """Take what the upstream sent."""
         response = self._response
         assert response is not None  # noqa: S101 - made when the upstream was attached
         if response.switched:
             self.bytes_down += len(data)
-            self._client.write(bytes(data))
+            self._client.write(data)
             return
         first = not response.status
         if first:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import cast
 
 from dstack_mesh.errors import MeshError
 from dstack_mesh.relay.downstream import Downstream
 from dstack_mesh.relay.exchange import Exchange
-from dstack_mesh.relay.interfaces import Connection, Handler, P
+from dstack_mesh.relay.interfaces import Client, Handler, Listener, P
 from dstack_mesh.relay.tally import Tally
 from dstack_mesh.relay.worker import Worker
 
@@ -17,7 +16,7 @@ Recorder = Callable[[str, Exchange], None]
 """Called once for each exchange, with its direction, when it has ended."""
 
 
-class Service:
+class Service(Listener):
     """All connections that one listener has accepted and that are still open."""
 
     def __init__(
@@ -37,11 +36,10 @@ class Service:
         in an error: the mesh's own, a status from 500 up, or no status at all. `refused` is told
         of heads that were answered before they were an exchange: direction, error, request id.
         """
-        self.worker = worker
+        super().__init__(worker)
         self.direction = direction
         self._tally = tally
-        self.draining = False
-        self.connections: set[Connection] = set()
+        self.connections: set[Client] = set()
         self._max_connections = max_connections
         self.on_record = record
         """Set at any time, for an access log that is turned on and off."""
@@ -50,11 +48,9 @@ class Service:
         self._empty = asyncio.Event()
         self._empty.set()
 
-    def protocol(self, handler: Handler[P]) -> asyncio.BaseProtocol:
+    def protocol(self, handler: Handler[P]) -> Downstream[P]:
         """Make the protocol of one accepted connection."""
-        # It has what a BufferedProtocol has; event loops ask for no more, and a compiled class
-        # cannot have a base that is not compiled.
-        return cast("asyncio.BaseProtocol", Downstream(self, handler))
+        return Downstream(self, handler)
 
     def has_room(self) -> bool:
         """Tell whether another connection is within the limit."""
@@ -74,7 +70,7 @@ class Service:
 
     # What connections call: see `downstream.Listener`.
 
-    def opened(self, connection: Connection) -> bool:
+    def opened(self, connection: Client) -> bool:
         """Enter a connection in the books; `False` when there is no room for it."""
         if not self.has_room():
             return False
@@ -82,7 +78,7 @@ class Service:
         self._empty.clear()
         return True
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: Client) -> None:
         """Take a connection off the books."""
         self.connections.discard(connection)
         if not self.connections:

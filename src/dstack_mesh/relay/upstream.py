@@ -4,52 +4,57 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Protocol, cast
+from typing import Any, Final
 
 from dstack_mesh.errors import MeshError
 from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.deadlines import NEVER
+from dstack_mesh.relay.stream import StreamProtocol
 from dstack_mesh.relay.tally import PeerTally, Tally
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.wire.translate import ResponseRules
 
-_WRITE_HIGH_WATER = 128 * 1024
+_WRITE_HIGH_WATER: Final = 128 * 1024
 """Bytes a transport may hold before its source is paused."""
 
 
-class ResponseSink(Protocol):
+class ResponseSink:
     """What an upstream connection tells the exchange that it carries."""
 
-    def response_data(self, data: memoryview) -> None:
-        """Take what was read; `data` is valid during the call only."""
-        ...
+    __slots__ = ()
+
+    def response_data(self, data: bytes) -> None:
+        """Take what was read."""
+        raise NotImplementedError
 
     def upstream_lost(self, upstream: Upstream, exc: Exception | None) -> None:
         """Learn that the connection is gone; `upstream.clean_end` tells how."""
-        ...
+        raise NotImplementedError
 
     def upstream_writable(self, writable: bool) -> None:
         """Pause or resume the request's source."""
-        ...
+        raise NotImplementedError
 
 
-class Connector(Protocol):
+class Connector:
     """Opens connections to one destination, ready to carry requests."""
+
+    __slots__ = ()
 
     async def connect(self, lane: Lane) -> Upstream:
         """Open a connection; for a mesh target, verified. Raises a `MeshError`."""
-        ...
+        raise NotImplementedError
 
     def lost(self, exc: Exception | None) -> MeshError:
         """Name the error of a connection that ended before a response began."""
-        ...
+        raise NotImplementedError
 
     def generation(self) -> int:
         """Give the number that a connection must have been made under to be used again."""
-        ...
+        raise NotImplementedError
 
 
-class Upstream:
+class Upstream(StreamProtocol):
     """The client's end of one HTTP/1.1 connection. Carries one exchange at a time."""
 
     __slots__ = (
@@ -71,7 +76,7 @@ class Upstream:
 
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
-        self.transport: asyncio.Transport
+        self.transport: Any = None
         self.exchange: ResponseSink | None = None
         self.writable = True
         self.clean_end = False
@@ -121,30 +126,18 @@ class Upstream:
 
     # What asyncio calls.
 
-    def as_protocol(self) -> asyncio.BaseProtocol:
-        """Give itself to an event loop: it has what a BufferedProtocol has.
-
-        It is none by its bases, since a compiled class cannot have one that is not compiled.
-        """
-        return cast("asyncio.BaseProtocol", self)
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.BaseProtocol`."""
-
-        self.transport = cast("asyncio.Transport", transport)
+        self.transport = transport
         self.transport.set_write_buffer_limits(high=_WRITE_HIGH_WATER)
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """Lend the worker's read buffer."""
-        return self.lane.worker.buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
+    def data_received(self, data: bytes) -> None:
         """Hand what was read to the exchange; bytes nobody asked for end the connection."""
         exchange = self.exchange
         if exchange is None:
             self.transport.abort()
         else:
-            exchange.response_data(self.lane.worker.buffer[:nbytes])
+            exchange.response_data(data)
 
     def eof_received(self) -> bool:
         """Note the orderly end; the transport closes itself."""

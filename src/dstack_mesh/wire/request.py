@@ -60,9 +60,10 @@ class RequestFields:
     """What a request's field lines say, whatever its first line is. Never changed once made."""
 
     __slots__ = (
-        "_options",
+        "_keeps",
         "forwarded",
         "framing",
+        "has_body",
         "host",
         "length",
         "nominated",
@@ -87,10 +88,11 @@ class RequestFields:
         self.forwarded = forwarded
         """Field lines that go on, in their order, each ended by CRLF."""
         self.framing = framing
+        self.has_body = framing is not Framing.NONE
         self.length = length
         """The body's bytes where `framing` is LENGTH."""
         self.host = host
-        self._options = options
+        self._keeps = persists(0, options), persists(1, options)
         self.upgrade = upgrade
         """The protocols asked for, without those the mesh cannot carry; empty for none."""
         self.removed = removed
@@ -102,7 +104,7 @@ class RequestFields:
 
     def persists(self, minor: int) -> bool:
         """Tell whether the client keeps its connection open after this exchange."""
-        return persists(minor, self._options)
+        return self._keeps[minor]
 
 
 def parse_request_line(line: bytes) -> RequestLine:
@@ -154,7 +156,7 @@ def _from_absolute_form(method: bytes, target: bytes, minor: int) -> RequestLine
 
 def check_body(line: RequestLine, fields: RequestFields) -> None:
     """Refuse a body where readers are known not to look for one. Raises `BadRequest`."""
-    if fields.framing is Framing.NONE:
+    if not fields.has_body:
         return
     if line.method == b"TRACE":
         raise BadRequest("a TRACE request with a body (RFC 9110 9.3.8)")
