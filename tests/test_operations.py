@@ -56,13 +56,16 @@ def events() -> set[str]:
     """Give the names of all events that the mesh's own code writes."""
     found: set[str] = set()
     for file in SOURCE.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        assigned = {ast.unparse(n.targets[0]): n.value for n in nodes if isinstance(n, ast.Assign)}
+        for node in nodes:
             if not isinstance(node, ast.Call):
                 continue
-            place = {"event": 2, "LogLimit": 1}.get(ast.unparse(node.func))
+            place = {"event": 2, "LogLimit": 1}.get(ast.unparse(node.func))  # where its name is
             if place is not None and len(node.args) > place:
-                names = [one for one in ast.walk(node.args[place]) if isinstance(one, ast.Constant)]
-                found |= {str(one.value) for one in names}
+                name = node.args[place]
+                name = assigned.get(ast.unparse(name), name)
+                found |= {str(n.value) for n in ast.walk(name) if isinstance(n, ast.Constant)}
     return found
 
 

@@ -19,6 +19,7 @@ from dstack_mesh.dstack.gateway import GatewayDirectory
 from dstack_mesh.identity.source import AgentSource, CredentialSource, FileSource
 from dstack_mesh.identity.store import IdentityStore, Snapshot
 from dstack_mesh.inbound.auth_service import AuthService
+from dstack_mesh.inbound.compiled import compile_inbound
 from dstack_mesh.inbound.listener import TlsListener
 from dstack_mesh.inbound.terminator import InboundOptions, Terminator
 from dstack_mesh.log import event
@@ -26,10 +27,11 @@ from dstack_mesh.ops.admin import Admin
 from dstack_mesh.ops.journal import Journal
 from dstack_mesh.ops.metrics import Metrics
 from dstack_mesh.ops.parts import Parts
-from dstack_mesh.ops.readiness import ReadinessChecks, backend_answers
+from dstack_mesh.ops.readiness import ReadinessChecks, backends_answer
 from dstack_mesh.ops.report import WorkerReport
 from dstack_mesh.ops.reporter import Reporter, shown_settings
 from dstack_mesh.outbound.proxy import OutboundOptions, OutboundProxy
+from dstack_mesh.policy.current import Current
 from dstack_mesh.relay.deadlines import NEVER, Timeouts
 from dstack_mesh.relay.pool import Pool
 from dstack_mesh.relay.service import Service
@@ -106,6 +108,7 @@ class Sidecar:
             configured=settings.dstack.gateway_domain,
             sys_config=Path(settings.dstack.sys_config),
         )
+        self.policy = Current(*compile_inbound(settings.inbound))
         self.worker = Worker(asyncio.get_running_loop(), _timeouts(settings))
         self._pool = Pool(self.worker)
         self._outbound = self._service("outbound")
@@ -157,7 +160,7 @@ class Sidecar:
             return None
         options = InboundOptions(
             backend=backend,
-            allow=inbound.allow,
+            policy=self.policy,
             connect_timeout=settings.outbound.connect_timeout,
         )
         terminator = Terminator(self._pool, self.identity, options, self.metrics.count_decision)
@@ -171,7 +174,7 @@ class Sidecar:
         inbound = self.settings.inbound
         if inbound.mode != "nginx":
             return None
-        return AuthService(self.identity, inbound.allow, self.metrics.count_decision)
+        return AuthService(self.identity, self.policy, self.metrics.count_decision)
 
     def _make_reporter(self) -> Reporter:
         settings = self.settings
@@ -194,7 +197,7 @@ class Sidecar:
                 draining=lambda: self._draining,
             ),
             bound=self.bound,
-            settings=shown_settings(settings),
+            settings=lambda: shown_settings(settings, self.policy),
             label_apps=settings.admin.label_apps,
         )
         return Reporter(parts)
@@ -332,7 +335,7 @@ class Sidecar:
         backend = self.settings.inbound.backend
         if backend is None:
             return True, "nginx mode, and no backend is set: which it is only nginx knows"
-        return await backend_answers(backend)
+        return await backends_answer([backend, *self.policy.routes.backends])
 
     def _gateway_state(self) -> tuple[bool, str]:
         if self.directory.current is None:

@@ -184,7 +184,7 @@ def test_completion_scripts_are_there(shell: str, on_path: dict[str, str]) -> No
         (
             "dstack-mesh ",
             1,
-            {"run", "demo", "sim", "inspect", "nginx-config", "config", "version"},
+            {"run", "demo", "sim", "policy", "inspect", "nginx-config", "config", "version"},
         ),
         ("dstack-mesh co", 1, {"config"}),
         ("dstack-mesh config --gate", 2, {"--gateway", "--gateway-connect"}),

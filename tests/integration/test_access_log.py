@@ -39,7 +39,7 @@ def events(running: SidecarProcess, name: str) -> list[dict[str, Any]]:
 
 async def some(running: SidecarProcess, name: str, count: int) -> list[dict[str, Any]]:
     """Wait for so many events."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         while len(found := events(running, name)) < count:  # noqa: ASYNC110 - a file has no event
             await asyncio.sleep(0.01)
     assert len(found) == count
@@ -139,25 +139,31 @@ async def test_an_answer_that_breaks_off_is_told(two: Two, backend: Backend) -> 
     assert (other["status"], other["code"]) == (200, "upstream_closed")
 
 
-async def test_denials_are_logged_with_the_access_log_off(tmp_path: Path, backend: Backend) -> None:
+async def test_denials_are_logged_with_the_access_log_off(tmp_path: Path) -> None:
     async with World(["a", "b"], tmp_path) as world:
         a, b = world.apps["a"], world.apps["b"]
-        served = {"MESH_BACKEND": str(await backend.start()), "MESH_ALLOWED_APPS": "self"}
+        asks = {"MESH_OUTBOUND_LISTEN": FREE, "MESH_AGENT_EXPOSE": "none"}
+        served = {"MESH_BACKEND": "127.0.0.1:9", "MESH_ALLOWED_APPS": "self"}
         async with (
-            sidecar_process(a.directory, {**a.env, "MESH_OUTBOUND_LISTEN": FREE}) as one,
+            sidecar_process(a.directory, {**a.env, **asks}) as one,
             sidecar_process(b.directory, {**b.env, **served}) as other,
         ):
-            two = Two(world, one, other)
-            for number in range(25):
-                answer = await two.call(("x-request-id", f"r-{number}"), path="/pay?x=1")
-                assert answer.status == 403
-            denied = await some(other, "request_denied", 10)
-            assert [found["request_id"] for found in denied] == [f"r-{n}" for n in range(10)]
-            assert {found["peer"] for found in denied} == {a.app_id}
-            assert {(found["code"], found["path"]) for found in denied} == {
-                ("policy_denied", "/pay")
-            }
-            assert a.app_id in denied[0]["reason"]
+            answer = await Two(world, one, other).call(("x-request-id", "r-1"), path="/pay?x=1")
+            assert answer.status == 403
+            (denied,) = await some(other, "policy_denied", 1)
+            assert (denied["caller"], denied["path"]) == (a.app_id, "/pay")
+            assert denied["request_id"] == "r-1"
+            assert a.app_id in denied["why"]
             assert events(other, "access") == []
-            (left_out,) = await asyncio.wait_for(some(other, "events_left_out", 1), 20)
+
+            async with Client.connect(one.address("outbound")) as client:
+                for number in range(25):
+                    await client.send(request("GET", "/quote", [("x-request-id", f"q-{number}")]))
+                    assert (await client.answer()).error == "agent_denied"
+            asked = await some(one, "request_denied", 10)
+            assert [found["request_id"] for found in asked] == [f"q-{n}" for n in range(10)]
+            assert {(found["direction"], found["code"]) for found in asked} == {
+                ("agent", "agent_denied")
+            }
+            (left_out,) = await asyncio.wait_for(some(one, "events_left_out", 1), 20)
             assert (left_out["of"], left_out["count"]) == ("request_denied", 15)

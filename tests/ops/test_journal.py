@@ -189,8 +189,16 @@ def test_a_caller_is_named_and_counted(logged: pytest.LogCaptureFixture) -> None
     (incident,) = record("off", exchange, "inbound").incidents()
     assert (incident.peer, incident.rule) == (APP, "no writes")
     assert handler.tally.errors == 1
+    assert events(logged, "request_denied") == [], "policy has its own event"
+
+
+def test_a_denial_is_told_with_whom_and_why(logged: pytest.LogCaptureFixture) -> None:
+    code = "client_cert_untrusted"
+    exchange = FakeExchange(handler=FakeCaller(APP), status=401, code=code, detail="rule 2")
+    (incident,) = record("off", exchange, "inbound").incidents()
+    assert incident.rule == "", "of this connection's last decision, and not of this answer"
     (denied,) = events(logged, "request_denied")
-    assert (denied["peer"], denied["code"], denied["reason"]) == (APP, "policy_denied", "rule x")
+    assert (denied["peer"], denied["code"], denied["reason"]) == (APP, code, "rule 2")
     assert (denied["method"], denied["path"]) == ("POST", "/orders/7")
     assert denied["request_id"]
 
@@ -223,10 +231,10 @@ def test_every_denial_is_logged_though_the_access_log_is_off(
 
 def test_a_flood_of_denials_is_counted(logged: pytest.LogCaptureFixture) -> None:
     journal = Journal("off")
-    exchange = FakeExchange(handler=FakeCaller(APP), status=403, code="policy_denied")
+    exchange = FakeExchange(handler=FakeCaller(APP), status=403, code="client_cert_untrusted")
     for _ in range(500):
         journal.failed("inbound", exchange)  # type: ignore[arg-type]
-    other = FakeExchange(handler=FakeCaller(OTHER), status=403, code="policy_denied")
+    other = FakeExchange(handler=FakeCaller(OTHER), status=403, code="client_cert_untrusted")
     journal.failed("inbound", other)  # type: ignore[arg-type]
     peers = [found["peer"] for found in events(logged, "request_denied")]
     assert peers == [APP] * 10 + [OTHER]

@@ -32,7 +32,6 @@ Access = Literal["off", "errors", "all"]
 DENIALS = frozenset(
     error.code
     for error in (
-        errors.PolicyDenied,
         errors.AgentDenied,
         errors.ClientCertRequired,
         errors.ClientCertUntrusted,
@@ -41,7 +40,7 @@ DENIALS = frozenset(
         errors.PeerRejectedUs,
     )
 )
-"""Errors that say no to somebody: always logged."""
+"""Errors that say no to somebody: always logged. Policy's own no is, where it is decided."""
 
 HANDSHAKE_FAILED = "handshake_failed"
 """Stands for a code where no TLS session with a caller came about."""
@@ -208,6 +207,9 @@ def _target(exchange: Exchange) -> str:
 
 
 def _rule(exchange: Exchange) -> str:
+    # A connection's last decision is this exchange's, unless the mesh answered by itself.
+    if exchange.lane is None and exchange.code != errors.PolicyDenied.code:
+        return ""
     return str(getattr(exchange.handler, "rule", ""))
 
 

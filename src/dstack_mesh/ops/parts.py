@@ -39,7 +39,9 @@ class Parts:
     callers: PeerTallies | None
     readiness: ReadinessChecks
     bound: Callable[[], Mapping[str, str | None]]
-    settings: Mapping[str, str]
+    settings: Callable[[], dict[str, str]]
+    """Some of those in effect, by their key."""
+
     label_apps: frozenset[AppId] | None
     clock: Callable[[], float] = time.time
 

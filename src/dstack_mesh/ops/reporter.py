@@ -11,6 +11,7 @@ from dstack_mesh.ops import report
 from dstack_mesh.ops.families import Family
 from dstack_mesh.ops.merge import most_asked
 from dstack_mesh.ops.parts import DIRECTIONS, Books, Parts, by_app, connections, read_gauges
+from dstack_mesh.policy.current import Current
 from dstack_mesh.relay.tally import BUCKETS, PeerTally, Tally
 from dstack_mesh.relay.upstream import Upstream
 from dstack_mesh.settings.tree import Settings
@@ -51,7 +52,7 @@ class Reporter:
                 problem=parts.directory.reason,
             ),
             listeners=dict(parts.bound()),
-            settings=dict(parts.settings),
+            settings=parts.settings(),
             bucket_bounds=list(BUCKETS),
             traffic=_traffic(parts),
             decisions=dict(parts.metrics.decisions),
@@ -61,13 +62,15 @@ class Reporter:
         )
 
 
-def shown_settings(settings: Settings) -> dict[str, str]:
+def shown_settings(settings: Settings, current: Current) -> dict[str, str]:
     """Give the settings that tell what a mesh does, for its status page."""
-    inbound = settings.inbound
+    inbound, policy = settings.inbound, current.policy
     return {
         "inbound.mode": "off" if inbound.backend is None else inbound.mode,
         "inbound.backend": str(inbound.backend or "none"),
-        "inbound.allow": inbound.allow.text,
+        "inbound.allow": policy.allow.text,
+        "inbound.policy_mode": "audit" if policy.audit else "enforce",
+        "inbound.rules": "none" if policy.asks_who_only else "first match",
         "outbound.agent": settings.outbound.agent,
         "log.access": settings.log.access,
     }

@@ -128,6 +128,8 @@ function showPolicy(status) {
   const decisions = made.map(([name, n]) => `${name} ${count(n)}`);
   setFacts(byId("policy-facts"), [
     ["Callers", allow === "any" ? "any app of this KMS" : allow.split(",").map(shortId).join(", ")],
+    ["Rules", status.settings["inbound.rules"]],
+    ["Mode", status.settings["inbound.policy_mode"] === "audit" ? "audit: all is let through" : "enforce"],
     ["Decisions", decisions.join(", ") || "none yet"],
     ["Agent", `${status.settings["outbound.agent"]} of its calls offered`],
   ]);
