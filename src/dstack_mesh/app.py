@@ -290,6 +290,7 @@ class Sidecar:
             self._stop_serving(name)
         for service in (self._outbound, self._inbound, self._admin):
             service.abort()
+        self._pool.close()
         self.worker.close()
         for sock in self._sockets.values():
             sock.close()
@@ -354,4 +355,5 @@ def _timeouts(settings: Settings) -> Timeouts:
         head=settings.head_timeout,
         idle=settings.idle_timeout,
         response=settings.outbound.response_timeout or NEVER,
+        connect=settings.outbound.connect_timeout,
     )

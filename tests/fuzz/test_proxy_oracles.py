@@ -10,7 +10,8 @@ from fuzz.targets import TARGETS
 from dstack_mesh.model import PeerIdentity
 from dstack_mesh.outbound import connect
 from dstack_mesh.relay.exchange import Exchange
-from dstack_mesh.relay.upstream import Lane, Upstream
+from dstack_mesh.relay.lane import Lane
+from dstack_mesh.relay.upstream import Upstream
 from dstack_mesh.wire import translate
 from fuzz import script
 from tests.fuzz.faults import Patch, fails, replaced

@@ -21,8 +21,8 @@ from dstack_mesh.model import TcpAddress
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.deadlines import Timeouts
 from dstack_mesh.relay.interfaces import Handler, Plan
+from dstack_mesh.relay.lane import Route
 from dstack_mesh.relay.service import Service
-from dstack_mesh.relay.upstream import Route
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.sim.kms import Kms
 from dstack_mesh.wire.request import RequestLine, parse_request_fields

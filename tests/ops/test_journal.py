@@ -39,7 +39,8 @@ class FakeExchange:
         self.status, self.code, self.detail, self.request_id = 200, "", "", ""
         self.bytes_up, self.bytes_down = 3, 5
         self.started, self.finished = 100.0, 100.5
-        self.connected = self.first_byte = 0.0
+        self.reached = self.first_byte = 0.0
+        self.reused: bool | None = None
         for name, value in changes.items():
             setattr(self, name, value)
 
@@ -80,7 +81,9 @@ def record(access: Access, exchange: FakeExchange, direction: str = "outbound") 
 def test_all_that_is_told_of_an_exchange(logged: pytest.LogCaptureFixture) -> None:
     peer = PeerIdentity(AppId(OTHER), NEVER)
     lane = FakeLane(None)
-    record("all", FakeExchange(peer=peer, lane=lane, connected=100.25, first_byte=100.375))
+    record(
+        "all", FakeExchange(peer=peer, lane=lane, reached=100.25, reused=False, first_byte=100.375)
+    )
     (found,) = events(logged, "access")
     request_id = found.pop("request_id")
     assert len(request_id) == 32, "made, where there was none"
@@ -102,7 +105,7 @@ def test_all_that_is_told_of_an_exchange(logged: pytest.LogCaptureFixture) -> No
 
 
 def test_a_reused_connection_and_a_short_answer(logged: pytest.LogCaptureFixture) -> None:
-    record("all", FakeExchange(lane=FakeLane(None)))
+    record("all", FakeExchange(lane=FakeLane(None), reused=True))
     (found,) = events(logged, "access")
     assert (found["reused"], found["connect_seconds"]) == (True, None)
     assert found["first_byte_seconds"] == 0.5, "it came in one piece"
@@ -110,10 +113,10 @@ def test_a_reused_connection_and_a_short_answer(logged: pytest.LogCaptureFixture
 
 def test_what_never_was_is_told_as_such(logged: pytest.LogCaptureFixture) -> None:
     record("all", FakeExchange(status=0))
-    record("all", FakeExchange(lane=FakeLane(None), connected=NEVER, status=502, code="x"))
+    record("all", FakeExchange(lane=FakeLane(None), status=502, code="x"))
     own, failed = events(logged, "access")
     assert (own["reused"], own["connect_seconds"], own["first_byte_seconds"]) == (None, None, None)
-    assert (failed["reused"], failed["connect_seconds"]) == (False, None)
+    assert (failed["reused"], failed["connect_seconds"]) == (None, None)
 
 
 @pytest.mark.parametrize(

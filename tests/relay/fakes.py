@@ -13,9 +13,10 @@ from dstack_mesh.relay.deadlines import Timeouts
 from dstack_mesh.relay.downstream import Downstream
 from dstack_mesh.relay.exchange import Exchange
 from dstack_mesh.relay.interfaces import Decision, Handler, Plan
+from dstack_mesh.relay.lane import Lane, Route
 from dstack_mesh.relay.service import Service
 from dstack_mesh.relay.stream import StreamProtocol
-from dstack_mesh.relay.upstream import Connector, Lane, Route, Upstream
+from dstack_mesh.relay.upstream import Connector, Upstream
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.wire.request import RequestLine, parse_request_fields
 from dstack_mesh.wire.translate import ResponseRules

@@ -93,6 +93,34 @@ def test_what_is_in_normal_form_is_what_the_strict_parser_writes_back(block: byt
     assert found == [field for field in fields if likeness(field[0]) in WANTED]
 
 
+@given(st.lists(st.lists(PIECES, max_size=20).map(b"".join), max_size=6))
+def test_what_came_before_makes_no_difference(blocks: list[bytes]) -> None:
+    form = NormalForm(WANTED)
+    for block in [*blocks, *blocks]:
+        assert form.special_fields(block) == wanted(block)
+
+
+@pytest.mark.parametrize("end", [b"1", b"", b"a b", b" ", b"1 "])
+def test_a_known_shape_is_held_to_the_same_rules(end: bytes) -> None:
+    form = NormalForm(WANTED)
+    assert form.special_fields(b"A: 1\r\nHost: a\r\n") == [(b"Host", b"a")]
+    block = b"A: 2\r\nHost: " + end + b"\r\n"
+    assert form.special_fields(block) == wanted(block)
+    for other in (b"B: 2\r\nHost: a\r\n", b"A: 2\r\nhost: a\r\n", b"A: 2\r\nHost:a\r\n"):
+        assert form.special_fields(other) == wanted(other)
+
+
+def test_shapes_are_bounded_in_number_and_size() -> None:
+    form = NormalForm(WANTED)
+    for number in range(20):
+        for _ in range(2):
+            assert form.special_fields(b"X-%d: 1\r\nHost: 2\r\n" % number) == [(b"Host", b"2")]
+    assert [len(shapes) for shapes in form._shapes.values()] == [4]
+    large = b"".join(b"%b: 1\r\n" % (b"x" * size) for size in range(1000, 1003))
+    assert form.special_fields(large) == []
+    assert 3 not in form._shapes
+
+
 LINES = st.sampled_from(
     [
         *(b"Host: a\r\n", b"A: 1\r\n", b"X-Own: 2\r\n", b"x_own: 3\r\n", b"TE: trailers\r\n"),

@@ -33,9 +33,8 @@ from dstack_mesh.policy.current import Current
 from dstack_mesh.policy.rule import UNKNOWN
 from dstack_mesh.relay.answers import Answer, problem
 from dstack_mesh.relay.interfaces import Handler, Plan
+from dstack_mesh.relay.lane import Route
 from dstack_mesh.relay.tally import PeerTallies
-from dstack_mesh.relay.upstream import Route
-from dstack_mesh.wire.memo import BlockMemo
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
 
 _CERTIFICATE, _VERDICT, _METHOD, _TARGET = (
@@ -157,17 +156,12 @@ class AuthService(Handler[AuthPlan]):
         self._leaves = leaves or KnownLeaves()
         self.peers = PeerTallies()
         """By the caller's app-id."""
-        self._plans: BlockMemo[AuthPlan] = BlockMemo(
-            lambda block: AuthPlan(parse_request_fields(block, 1, _ASKED_FOR))
-        )
 
     # What a connection calls: see `downstream.Handler`.
 
     def plan(self, line: RequestLine, block: bytes) -> AuthPlan:
         """See `Handler`. nginx knows no other denial than 401 and 403, so neither does this."""
         try:
-            if line.minor and line.authority is None:
-                return self._plans.get(block)
             return AuthPlan(parse_request_fields(block, line.minor, _ASKED_FOR, line.authority))
         except (BadRequest, HeaderTooLarge) as error:
             raise ClientCertUntrusted(f"nginx's question cannot be read: {error}") from error

@@ -25,10 +25,9 @@ from dstack_mesh.policy.route import NO_ROUTES, Routes
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.dial import PlainConnector, authority
 from dstack_mesh.relay.interfaces import Handler, Plan
+from dstack_mesh.relay.lane import Lane, Route
 from dstack_mesh.relay.pool import Pool
 from dstack_mesh.relay.tally import PeerTallies, PeerTally
-from dstack_mesh.relay.upstream import Lane, Route
-from dstack_mesh.wire.memo import BlockMemo
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
 from dstack_mesh.wire.translate import ResponseRules
 
@@ -85,9 +84,6 @@ class Terminator:
         self.identity = identity
         self.current = options.policy
         self.denials = DenialLog()
-        self.plans: BlockMemo[InboundPlan] = BlockMemo(
-            lambda block: InboundPlan(parse_request_fields(block, 1, _REMOVE))
-        )
         self.rules = ResponseRules(remote_errors=False)
         self._pool = pool
         self._connect_timeout = options.connect_timeout
@@ -188,8 +184,6 @@ class Caller(Handler[InboundPlan]):
 
     def plan(self, line: RequestLine, block: bytes) -> InboundPlan:
         """See `Handler`."""
-        if line.minor and line.authority is None:
-            return self._shared.plans.get(block)
         return InboundPlan(parse_request_fields(block, line.minor, _REMOVE, line.authority))
 
     def route(

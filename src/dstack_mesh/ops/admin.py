@@ -12,7 +12,7 @@ from dstack_mesh.ops.page import page
 from dstack_mesh.ops.report import WorkerReport
 from dstack_mesh.relay.answers import Answer, json_answer
 from dstack_mesh.relay.interfaces import Decision, Handler, Plan
-from dstack_mesh.relay.upstream import Route
+from dstack_mesh.relay.lane import Route
 from dstack_mesh.wire.request import RequestLine, parse_request_fields
 
 Collect = Callable[[bool], Awaitable[Sequence[WorkerReport]]]

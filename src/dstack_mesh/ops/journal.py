@@ -20,7 +20,6 @@ from dstack_mesh.inbound.auth_service import AuthService
 from dstack_mesh.log import event
 from dstack_mesh.log_limit import LogLimit
 from dstack_mesh.ops.report import Incident
-from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.exchange import Exchange
 from dstack_mesh.relay.tally import PeerTally
 
@@ -147,7 +146,7 @@ class Journal:
 
     def _write_access(self, direction: str, exchange: Exchange) -> None:
         peer, method, path = _subject(exchange)
-        started, connected = exchange.started, exchange.connected
+        started, reached = exchange.started, exchange.reached
         first = exchange.first_byte or exchange.finished
         event(
             access_log,
@@ -161,11 +160,11 @@ class Journal:
             peer=peer or None,
             rule=_rule(exchange) or None,
             seconds=round(exchange.finished - started, 6),
-            connect_seconds=round(connected - started, 6) if 0 < connected < NEVER else None,
+            connect_seconds=round(reached - started, 6) if reached else None,
             first_byte_seconds=round(first - started, 6) if exchange.status else None,
             bytes_up=exchange.bytes_up,
             bytes_down=exchange.bytes_down,
-            reused=not connected if exchange.lane is not None else None,
+            reused=exchange.reused,
             request_id=_request_id(exchange),
         )
 

@@ -23,8 +23,9 @@ from dstack_mesh.identity.tls import describe_tls_failure, refused_our_certifica
 from dstack_mesh.model import PeerIdentity, Role
 from dstack_mesh.outbound.target import Endpoint
 from dstack_mesh.relay.dial import open_socket, reason
+from dstack_mesh.relay.lane import Lane
 from dstack_mesh.relay.tls import open_tls
-from dstack_mesh.relay.upstream import Connector, Lane, Upstream
+from dstack_mesh.relay.upstream import Connector, Upstream
 from dstack_mesh.relay.worker import Worker
 
 OpenTls = Callable[[Worker, socket.socket, Upstream, ssl.SSLContext, str | None], Awaitable[object]]

@@ -17,12 +17,11 @@ from dstack_mesh.outbound.target import endpoint, parse_target
 from dstack_mesh.relay.answers import Answer, json_answer
 from dstack_mesh.relay.dial import PlainConnector, authority
 from dstack_mesh.relay.interfaces import Handler, Plan
+from dstack_mesh.relay.lane import Lane, Route
 from dstack_mesh.relay.pool import Pool
 from dstack_mesh.relay.tally import PeerTallies, PeerTally, Tally
 from dstack_mesh.relay.tls import open_tls
-from dstack_mesh.relay.upstream import Lane, Route
 from dstack_mesh.wire.fields import Field
-from dstack_mesh.wire.memo import BlockMemo
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
 from dstack_mesh.wire.translate import ResponseRules
 
@@ -93,9 +92,6 @@ class OutboundProxy(Handler[OutboundPlan]):
         self._options = options
         self._count_handshake = count_handshake
         self._open_tls = open_tls
-        self._plans: BlockMemo[OutboundPlan] = BlockMemo(
-            lambda block: OutboundPlan(parse_request_fields(block, 1, _REMOVE))
-        )
         self._destinations: dict[tuple[Field, ...], Destination] = {}
         self._target_rules = ResponseRules(remote_errors=True)
         self._agent_rules = ResponseRules(remote_errors=False)
@@ -111,8 +107,6 @@ class OutboundProxy(Handler[OutboundPlan]):
 
     def plan(self, line: RequestLine, block: bytes) -> OutboundPlan:
         """See `Handler`."""
-        if line.minor and line.authority is None:
-            return self._plans.get(block)
         return OutboundPlan(parse_request_fields(block, line.minor, _REMOVE, line.authority))
 
     def route(

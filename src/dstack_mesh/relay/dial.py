@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dstack_mesh.errors import ConnectFailed, ConnectTimeout, MeshError, UpstreamClosed
 from dstack_mesh.listen import KEEPALIVE
 from dstack_mesh.model import Address, TcpAddress, UnixAddress
-from dstack_mesh.relay.upstream import Connector, Lane, Upstream
+from dstack_mesh.relay.lane import Lane
+from dstack_mesh.relay.upstream import Connector, Upstream
 
 _OPTIONS = (*KEEPALIVE, (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1))  # small writes go at once
 

@@ -15,7 +15,7 @@ from dstack_mesh.relay.answers import Answer, find_request_id, problem
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.exchange import Exchange
 from dstack_mesh.relay.interfaces import Client, Decision, Handler, Listener, P
-from dstack_mesh.relay.upstream import Route
+from dstack_mesh.relay.lane import Route
 from dstack_mesh.wire.fields import has_bare_lf, is_token
 from dstack_mesh.wire.limits import (
     MAX_HEAD_BYTES,
@@ -31,16 +31,24 @@ _MAX_REPEATED_BYTES: Final = 2048
 """What a connection may hold in memory of its last head."""
 
 
-class _Repeat(Generic[P]):
-    """A request without a body, and what was decided for it: clients ask the same again."""
+class _Seen(Generic[P]):
+    """A head, and what was made of it: clients repeat themselves, wholly or but for the target.
 
-    __slots__ = ("head", "line", "plan", "route")
+    Only heads of HTTP/1.1 in origin-form, whose field lines mean the same whatever the first is.
+    """
 
-    def __init__(self, head: bytes, line: RequestLine, plan: P, route: Route) -> None:
+    __slots__ = ("block", "head", "line", "plan", "route")
+
+    def __init__(
+        self, head: bytes, line: RequestLine, block: bytes, plan: P, route: Route | None
+    ) -> None:
         self.head = head
         self.line = line
+        self.block = block
+        """The field lines."""
         self.plan = plan
         self.route = route
+        """Where it went; None where the mesh itself gave the answer."""
 
 
 class Downstream(Client, Generic[P]):
@@ -72,7 +80,7 @@ class Downstream(Client, Generic[P]):
         self._lingering = False
         self._tunnel = False
         self._saw_eof = False
-        self._last: _Repeat[P] | None = None
+        self._last: _Seen[P] | None = None
 
     # What asyncio calls.
 
@@ -201,24 +209,29 @@ class Downstream(Client, Generic[P]):
     def _begin(self, data: bytes, end: int) -> None:
         eol = data.find(b"\r\n")
         line = parse_request_line(data[:eol])
-        plan = self._handler.plan(line, data[eol + 2 : end + 2])
+        block = data[eol + 2 : end + 2]
+        plain = line.minor == 1 and line.authority is None
+        last = self._last
+        if plain and last is not None and block == last.block:
+            plan = last.plan
+        else:
+            plan = self._handler.plan(line, block)
         check_body(line, plan.fields)
         self._head_started = False
         rest = data[end + 4 :]
         exchange, route = self._open(line, plan, None)
-        if not exchange.request_done:
-            pass
-        elif rest:
+        if rest and exchange.request_done:
             self.keep_for_later(rest)
-        elif isinstance(route, Route) and len(data) <= _MAX_REPEATED_BYTES:
-            self._last = _Repeat(data, line, plan, route)
+        if plain and end <= _MAX_REPEATED_BYTES:
+            head = data[: end + 4] if rest else data
+            went = route if isinstance(route, Route) else None
+            self._last = _Seen(head, line, block, plan, went)
         self._go(exchange, route, rest)
 
-    def _repeat(self, last: _Repeat[P]) -> None:
+    def _repeat(self, last: _Seen[P]) -> None:
         """Take a head that is the last one again, byte for byte."""
         exchange, route = self._open(last.line, last.plan, last.route)
-        if isinstance(route, Route):
-            last.route = route
+        last.route = route if isinstance(route, Route) else None
         self._go(exchange, route, b"")
 
     def _open(self, line: RequestLine, plan: P, last: Route | None) -> tuple[Exchange, Decision]:

@@ -8,28 +8,25 @@ Both bodies stream at once. Whoever reads faster than the other side can write i
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Coroutine
 
 from dstack_mesh.errors import (
     BadRequest,
-    ConnectFailed,
+    ConnectTimeout,
     MeshError,
     ResponseTimeout,
     UpstreamClosed,
     UpstreamProtocolError,
 )
-from dstack_mesh.log import event
 from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.answers import Answer, problem, settled
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.interfaces import Client
-from dstack_mesh.relay.upstream import Lane, ResponseSink, Route, Upstream
+from dstack_mesh.relay.lane import Lane, Route
+from dstack_mesh.relay.upstream import ResponseSink, Upstream
 from dstack_mesh.wire.fields import MalformedError
 from dstack_mesh.wire.request import RequestFields, RequestLine
 from dstack_mesh.wire.translate import RequestBody, Response, behind_body
-
-log = logging.getLogger(__name__)
 
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 """RFC 9110 9.2.2."""
@@ -43,23 +40,23 @@ class Exchange(ResponseSink):
         "_client",
         "_early",
         "_response",
-        "_retried",
         "_route",
         "_task",
+        "_waiting",
         "bytes_down",
         "bytes_up",
         "code",
-        "connected",
         "detail",
-        "ended",
         "fields",
         "finished",
         "first_byte",
         "lane",
         "line",
         "peer",
+        "reached",
         "request_done",
         "request_id",
+        "reused",
         "started",
         "status",
         "upstream",
@@ -67,6 +64,7 @@ class Exchange(ResponseSink):
     )
 
     def __init__(self, client: Client, line: RequestLine, fields: RequestFields) -> None:
+        super().__init__()
         self._client = client
         self.line = line
         self.fields = fields
@@ -75,15 +73,16 @@ class Exchange(ResponseSink):
         self.finished = 0.0
         """In the worker's time, as `started`; 0 before the end."""
         self.request_done = not fields.has_body
-        self.ended = False
         self.status = 0
         self.code = ""
         """The mesh's own error code, or empty."""
         self.detail = self.request_id = ""
         """What the error's reader was told; both are empty where there was no error."""
-        self.connected = self.first_byte = 0.0
-        """In the worker's time, else 0: when the connection opened for this was ready (`NEVER`
-        where it was not), and when the response began where that was not its end too."""
+        self.reached = self.first_byte = 0.0
+        """In the worker's time, else 0: when the connection that was waited for was there, and
+        when the response began where that was not its end too."""
+        self.reused: bool | None = None
+        """Whether the connection had been used before; None for none."""
         self.lane: Lane | None = None
         """Where it went; None where the mesh itself answered."""
         self.peer: PeerIdentity | None = None
@@ -94,7 +93,7 @@ class Exchange(ResponseSink):
         self._response: Response | None = None
         self._body: RequestBody | None = None
         self._early = b""
-        self._retried = False
+        self._waiting = False
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -113,9 +112,9 @@ class Exchange(ResponseSink):
             self._early = rest
         upstream = route.lane.take(self.started)
         if upstream is not None:
-            self._attach(upstream)
+            self._attach(upstream, self.started)
         else:
-            self._connect()
+            self._wait(self.started)
 
     def request_data(self, data: bytes) -> None:
         """Take what the client sent after its head."""
@@ -130,42 +129,35 @@ class Exchange(ResponseSink):
         else:
             self._send_body(data, b"")
 
-    def _connect(self) -> None:
-        self.connected = NEVER
-        self._task = self.worker.loop.create_task(self._connect_then_attach())
+    def _wait(self, now: float) -> None:
+        self._waiting = True
+        self._client.deadline = now + self.worker.timeouts.wait
+        self._route.lane.wait(self)
 
-    async def _connect_then_attach(self) -> None:
-        lane = self._route.lane
-        try:
-            upstream = await lane.connector.connect(lane)
-        except MeshError as error:
-            if not self.ended:
-                self.fail(error)
-        except Exception as error:
-            event(log, logging.ERROR, "connect_fault", error=repr(error))
-            if not self.ended:
-                self.fail(ConnectFailed("the connection could not be opened; see the log"))
-        else:
-            if self.ended:
-                lane.release(upstream, self.worker.clock())
-            elif upstream.gone:
-                self.fail(lane.connector.lost(upstream.failure))
-            else:
-                self.connected = self.worker.clock()
-                self._attach(upstream)
+    def connected(self, upstream: Upstream) -> None:
+        """See `Waiter`."""
+        self._waiting = False
+        self.reached = self.worker.clock()
+        self._attach(upstream, self.reached)
 
-    def _attach(self, upstream: Upstream) -> None:
+    def not_connected(self, error: MeshError) -> None:
+        """See `Waiter`."""
+        self._waiting = False
+        self.fail(error)
+
+    def _attach(self, upstream: Upstream, now: float) -> None:
         """Send the head, and what is there of the body, on a connection that is ready."""
         line = self.line
         self.upstream = upstream
         self.peer = upstream.peer
+        self.reused = upstream.reused
         upstream.exchange = self
         self._response = Response(line.method, line.minor, self.fields.upgrade, self._route.rules)
         if self.request_done:
             upstream.write(self._route.head)
-            now = self.worker.clock() if self._retried or self._task is not None else self.started
             self._client.deadline = now + self.worker.timeouts.response
             return
+        self._client.deadline = NEVER
         early, self._early = self._early, b""
         self._send_body(early, self._route.head)
         if not self.ended and upstream.writable:
@@ -264,9 +256,8 @@ class Exchange(ResponseSink):
             self._client.write(tail)
             self._finish(response)
         elif self._may_retry(upstream, response):
-            self._retried = True
-            self._client.deadline = NEVER
-            self._connect()
+            self.fresh_only = True
+            self._wait(self.worker.clock())
         else:
             self.fail(self._route.lane.connector.lost(exc))
 
@@ -275,7 +266,7 @@ class Exchange(ResponseSink):
         # proxy repeat only what is idempotent; a body is not kept, so only without one.
         return (
             upstream.reused
-            and not self._retried
+            and not self.fresh_only
             and not response.touched
             and self._body is None
             and self.line.method in _IDEMPOTENT
@@ -330,7 +321,15 @@ class Exchange(ResponseSink):
         self.answer(problem(error, self.fields.request_id.decode("latin-1")))
 
     def timed_out(self) -> None:
-        """Fail for want of a response."""
+        """Fail for want of a connection, or of a response."""
+        if self._waiting:
+            seconds = self.worker.timeouts.connect
+            self.fail(
+                ConnectTimeout(
+                    f"no connection became free within {seconds:g} s (MESH_CONNECT_TIMEOUT)"
+                )
+            )
+            return
         seconds = self.worker.timeouts.response
         self.fail(
             ResponseTimeout(

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from dstack_mesh.errors import MeshError
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.deadlines import NEVER
+from dstack_mesh.relay.lane import Route
 from dstack_mesh.relay.stream import StreamProtocol
-from dstack_mesh.relay.upstream import Route
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.wire.request import RequestFields, RequestLine
 

@@ -1,24 +1,44 @@
-"""Connections to where requests go, and the idle ones of each destination."""
+"""A connection to where requests go."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dstack_mesh.errors import MeshError
 from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.stream import StreamProtocol
-from dstack_mesh.relay.tally import PeerTally, Tally
-from dstack_mesh.relay.worker import Worker
-from dstack_mesh.wire.translate import ResponseRules
+
+if TYPE_CHECKING:
+    from dstack_mesh.relay.lane import Lane
 
 _WRITE_HIGH_WATER: Final = 128 * 1024
 """Bytes a transport may hold before its source is paused."""
 
 
-class ResponseSink:
+class Waiter:
+    """A request that waits for a connection."""
+
+    __slots__ = ("ended", "fresh_only")
+
+    def __init__(self) -> None:
+        self.fresh_only = False
+        """Whether a connection that was used before will not do: the request is sent again."""
+        self.ended = False
+        """Whether the request has come to its end, and wants nothing any more."""
+
+    def connected(self, upstream: Upstream) -> None:
+        """Take the connection."""
+        raise NotImplementedError
+
+    def not_connected(self, error: MeshError) -> None:
+        """Learn that there will be none."""
+        raise NotImplementedError
+
+
+class ResponseSink(Waiter):
     """What an upstream connection tells the exchange that it carries."""
 
     __slots__ = ()
@@ -174,83 +194,3 @@ class Upstream(StreamProtocol):
             self.transport.abort()
         elif self.exchange is None:
             self.close()
-
-
-class Lane:
-    """The connections to one destination: most recently used first."""
-
-    __slots__ = ("connector", "idle", "open", "peer", "retired", "tally", "worker")
-
-    def __init__(
-        self,
-        worker: Worker,
-        connector: Connector,
-        tally: Tally | None = None,
-        peer: PeerTally | None = None,
-    ) -> None:
-        self.worker = worker
-        self.connector = connector
-        self.tally = tally
-        """Where exchanges that go this way are counted; None: where their listener's are."""
-        self.peer = peer
-        """Where those that go to this peer are counted; None where it is no app."""
-        self.idle: list[Upstream] = []
-        self.open = 0
-        """Connections, idle and busy."""
-        self.retired = False
-        """Whether the pool has let go of the lane: whoever remembers it should ask again."""
-
-    def take(self, now: float) -> Upstream | None:
-        """Give an idle connection that may be used, if there is one."""
-        idle = self.idle
-        if not idle:
-            return None
-        generation = self.connector.generation()
-        while idle:
-            upstream = idle.pop()
-            upstream.deadline = NEVER
-            if upstream.usable(now, generation):
-                upstream.reused = True
-                return upstream
-            upstream.transport.close()
-        return None
-
-    def release(self, upstream: Upstream, now: float) -> None:
-        """Take back a connection whose exchange ended well."""
-        if upstream.usable(now, self.connector.generation()) and not self.retired:
-            upstream.deadline = min(now + self.worker.upstream_idle, upstream.expires_at)
-            self.idle.append(upstream)
-        else:
-            upstream.transport.close()
-
-    def forget(self, upstream: Upstream) -> None:
-        """Drop a connection that is gone."""
-        if upstream.admitted:
-            self.open -= 1
-        self.worker.forget_upstream(upstream)
-        if upstream.exchange is None and upstream in self.idle:
-            self.idle.remove(upstream)
-
-    def drain(self) -> None:
-        """Close the idle connections that may not be used any more."""
-        now = self.worker.clock()
-        generation = self.connector.generation()
-        stale = [one for one in self.idle if not one.usable(now, generation)]
-        for one in stale:
-            self.idle.remove(one)
-            one.transport.close()
-
-
-class Route:
-    """Where a request goes and how it is to look there."""
-
-    __slots__ = ("head", "lane", "remove_trailers", "rules")
-
-    def __init__(
-        self, lane: Lane, head: bytes, rules: ResponseRules, remove_trailers: frozenset[bytes]
-    ) -> None:
-        self.lane = lane
-        self.head = head
-        """The complete head to send, blank line included."""
-        self.rules = rules
-        self.remove_trailers = remove_trailers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from typing import Final
 
 from dstack_mesh.errors import BadRequest, HeaderTooLarge, UriTooLong
 from dstack_mesh.wire.fields import (
@@ -118,8 +119,8 @@ def parse_request_line(line: bytes) -> RequestLine:
     return _parse_rare_line(line)
 
 
-_METHODS = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH"))
-_TARGET_BYTES = bytes(byte for byte in range(0x21, 0x7F) if byte != 0x23)
+_METHODS: Final = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH"))
+_TARGET_BYTES: Final = bytes(byte for byte in range(0x21, 0x7F) if byte != 0x23)
 
 
 def _parse_rare_line(line: bytes) -> RequestLine:
@@ -211,12 +212,13 @@ def _understand(
                 dropped.append(field)
         elif alike in NO_LOOKALIKES:
             raise MalformedError(f"a field that some readers take for `{alike.decode('ascii')}`")
-    options = connection_options(read.get(b"connection", []))
+    connection = read.get(b"connection")
+    options = connection_options(connection) if connection else _NONE
     declared, length = declared_framing(
         read.get(b"content-length", []), read.get(b"transfer-encoding", []), minor
     )
-    upgrade = _upgrade(read.get(b"upgrade", []), options, minor)
-    nominated = options - _READ_OPTIONS
+    upgrade = _upgrade(read.get(b"upgrade", []), options, minor) if options else b""
+    nominated = options - _READ_OPTIONS if options else _NONE
     if nominated:
         dropped += [field for field in parse_fields(normal) if field[0].lower() in nominated]
     host = _host(read.get(b"host", []), minor)
@@ -241,7 +243,7 @@ def _understand(
         upgrade=upgrade,
         removed=removed,
         request_id=ids[0] if ids else b"",
-        nominated=frozenset(map(likeness, nominated)),
+        nominated=frozenset(map(likeness, nominated)) if nominated else _NONE,
     )
 
 
@@ -250,7 +252,7 @@ def _normal_form(remove: frozenset[bytes]) -> NormalForm:
     return NormalForm(_READ | NO_LOOKALIKES | remove)
 
 
-_READ = frozenset(
+_READ: Final = frozenset(
     (
         b"connection",
         b"content-length",
@@ -263,7 +265,8 @@ _READ = frozenset(
         b"x-request-id",
     )
 )
-_READ_OPTIONS = frozenset((b"close",)) | HOP_BY_HOP
+_READ_OPTIONS: Final = frozenset((b"close",)) | HOP_BY_HOP
+_NONE: Final[frozenset[bytes]] = frozenset()
 
 
 def _host(values: list[bytes], minor: int) -> bytes | None:
