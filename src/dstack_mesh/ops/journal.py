@@ -50,11 +50,12 @@ _app_id = re.compile(rb"[0-9A-Fa-f]{40}").fullmatch
 
 
 class Journal:
-    """One worker's. `record` and `failed` are for its services: see `Service`."""
+    """One worker's. `recorder`, `failed` and `refused` are for its services: see `Service`."""
 
     def __init__(self, access: Access, clock: Callable[[], float] = time.time) -> None:
         """`clock` gives seconds since 1970."""
-        self._access = access
+        self.access = access
+        """May be set while running; `recorder` is then to be handed to the services again."""
         self._clock = clock
         self._denials = LogLimit(log, "request_denied")
         self._handshakes = LogLimit(log, "inbound_handshake_failed")
@@ -67,7 +68,7 @@ class Journal:
     @property
     def recorder(self) -> Callable[[str, Exchange], None] | None:
         """What is to be told of every exchange; None while the access log does not want all."""
-        return self._write_access if self._access == "all" else None
+        return self._write_access if self.access == "all" else None
 
     def incidents(self) -> list[Incident]:
         """Give the last ones, the newest first."""
@@ -75,7 +76,7 @@ class Journal:
 
     def failed(self, direction: str, exchange: Exchange) -> None:
         """Take an exchange that ended in an error, the mesh's or the target's own."""
-        if self._access == "errors":
+        if self.access == "errors":
             self._write_access(direction, exchange)
         code = exchange.code
         if not code:
@@ -126,7 +127,7 @@ class Journal:
                 request_id=request_id,
             )
         )
-        if self._access != "off":
+        if self.access != "off":
             event(
                 access_log,
                 logging.INFO,
