@@ -3,15 +3,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+from tests.identities import FakeIdentity
 
 from dstack_mesh.errors import BadRequest
-from dstack_mesh.inbound.auth_service import Asked, AuthService
+from dstack_mesh.inbound.auth_service import AuthService
 from dstack_mesh.model import AppId, PeerIdentity
 from dstack_mesh.ops.journal import DENIALS, Access, Journal
+from dstack_mesh.policy.allow import Allow
+from dstack_mesh.policy.current import Current
+from dstack_mesh.policy.decide import Policy
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.tally import PeerTally
+from dstack_mesh.sim.kms import Kms
 from dstack_mesh.wire.request import parse_request_fields, parse_request_line
 
 APP, OTHER = "aa" * 20, "bb" * 20
@@ -212,14 +218,15 @@ def test_a_call_of_the_agent_that_is_not_offered_is_the_agents() -> None:
 
 
 def test_in_nginx_mode_the_question_is_what_counts(logged: pytest.LogCaptureFixture) -> None:
-    class Service(AuthService):
-        def __init__(self) -> None:
-            pass
-
-        def asked(self, fields: object) -> Asked:
-            return Asked(APP, b"DELETE", b"/things?x=s3cret")
-
-    exchange = FakeExchange(handler=Service(), status=403, code="policy_denied")
+    kms = Kms(b"journal")
+    service = AuthService(FakeIdentity(None), Current(Policy(Allow.parse("self"))))
+    leaf = quote(kms.issue(AppId(APP)).leaf_pem, safe="").encode()
+    block = (
+        b"Host: mesh\r\nx-client-verify: SUCCESS\r\nx-client-cert: %b\r\n"
+        b"x-original-method: DELETE\r\nx-original-uri: /things?x=s3cret\r\n" % leaf
+    )
+    plan = service.plan(parse_request_line(b"GET /auth HTTP/1.1"), block)
+    exchange = FakeExchange(handler=service, fields=plan.fields, status=403, code="policy_denied")
     (incident,) = record("off", exchange, "inbound").incidents()
     assert (incident.peer, incident.method, incident.path) == (APP, "DELETE", "/things")
 
