@@ -8,7 +8,6 @@ import logging
 import os
 import ssl
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,12 @@ from dstack_mesh.inbound.listener import TlsListener
 from dstack_mesh.inbound.terminator import InboundOptions, Terminator
 from dstack_mesh.log import event
 from dstack_mesh.ops.admin import Admin
-from dstack_mesh.ops.metrics import Metrics, Sample
-from dstack_mesh.ops.readiness import Readiness, backends_answer
+from dstack_mesh.ops.journal import Journal
+from dstack_mesh.ops.metrics import Metrics
+from dstack_mesh.ops.parts import Parts
+from dstack_mesh.ops.readiness import ReadinessChecks, backends_answer
+from dstack_mesh.ops.report import WorkerReport
+from dstack_mesh.ops.reporter import Reporter, shown_settings
 from dstack_mesh.ops.systemd import Notifier
 from dstack_mesh.outbound.proxy import OutboundOptions, OutboundProxy
 from dstack_mesh.policy.current import Current
@@ -117,6 +120,7 @@ class Sidecar:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics(__version__)
+        self.journal = Journal(settings.log.access)
         self._agent = AgentClient(settings.dstack.agent)
         self.identity = IdentityStore(
             _source(settings.tls, self._agent),
@@ -141,14 +145,21 @@ class Sidecar:
         self._listeners = Listeners(self.worker.loop)
         self._tasks: list[asyncio.Task[None]] = []
         self.identity.subscribe(self._renewed)
-        self._gauges()
+        self.reporter = self._make_reporter()
 
     # Wiring.
 
     def _service(self, direction: str) -> Service:
         limit = self.settings.max_connections
-        tally = self.metrics.tally(direction)
-        return Service(self.worker, direction, max_connections=limit, tally=tally)
+        return Service(
+            self.worker,
+            direction,
+            max_connections=limit,
+            tally=self.metrics.tally(direction),
+            record=self.journal.recorder,
+            failed=self.journal.failed,
+            refused=self.journal.refused,
+        )
 
     def _make_proxy(self) -> OutboundProxy:
         settings = self.settings
@@ -160,7 +171,8 @@ class Sidecar:
             connect_timeout=settings.outbound.connect_timeout,
         )
         count = functools.partial(self.metrics.count_handshake, "outbound")
-        return OutboundProxy(self._pool, self.identity, self.directory, options, count)
+        agent = self.metrics.tally("agent")
+        return OutboundProxy(self._pool, self.identity, self.directory, options, count, agent)
 
     def _make_listener(self) -> TlsListener | None:
         """Make the embedded terminator; there is none without a backend."""
@@ -177,7 +189,8 @@ class Sidecar:
         terminator = Terminator(self._pool, self.identity, options, self.metrics.count_decision)
         limit = settings.max_connections
         count = functools.partial(self.metrics.count_handshake, "inbound")
-        return TlsListener(self._inbound, terminator, self.identity, limit, count)
+        failed = self.journal.handshake_failed
+        return TlsListener(self._inbound, terminator, self.identity, limit, count, failed)
 
     def _make_auth(self) -> AuthService | None:
         """Make what nginx asks in nginx mode; the backend is nginx's own affair there."""
@@ -186,16 +199,35 @@ class Sidecar:
             return None
         return AuthService(self.identity, self.policy, self.metrics.count_decision)
 
-    def _make_admin(self) -> Admin:
+    def _make_reporter(self) -> Reporter:
         settings = self.settings
         is_on = self._listener is not None or self._auth is not None
-        readiness = Readiness(
-            identity=self._identity_state,
-            gateway=self._gateway_state if settings.outbound.listen is not None else None,
-            backend=self._backend_state if is_on else None,
-            draining=lambda: self._draining,
+        callers = self._listener.terminator if self._listener is not None else self._auth
+        parts = Parts(
+            version=__version__,
+            metrics=self.metrics,
+            journal=self.journal,
+            identity=self.identity,
+            directory=self.directory,
+            worker=self.worker,
+            services=(self._outbound, self._inbound),
+            targets=self._proxy.peers,
+            callers=callers.peers if callers is not None else None,
+            readiness=ReadinessChecks(
+                identity=self._identity_state,
+                gateway=self._gateway_state if settings.outbound.listen is not None else None,
+                backend=self._backend_state if is_on else None,
+                draining=lambda: self._draining,
+            ),
+            bound=self.bound,
+            settings=lambda: shown_settings(settings, self.policy),
+            label_apps=settings.admin.label_apps,
         )
-        return Admin(readiness, self.metrics.text)
+        return Reporter(parts)
+
+    async def _collect(self, include_backend: bool) -> list[WorkerReport]:
+        """See `Collect`: there is but this one process."""
+        return [await self.reporter.collect(include_backend)]
 
     # Life.
 
@@ -214,7 +246,8 @@ class Sidecar:
             if address is not None:
                 self._sockets[name] = listen.bind(address)
         self._serve("outbound", self._outbound, self._proxy)
-        self._serve("admin", self._admin, self._make_admin())
+        if settings.admin.listen is not None:
+            self._serve("admin", self._admin, Admin(self._collect, settings.admin.listen))
         self._tasks = [
             asyncio.create_task(self.identity.run()),
             asyncio.create_task(self.directory.run()),
@@ -343,35 +376,6 @@ class Sidecar:
         if self.directory.current is None:
             return False, self.directory.reason or "not known yet"
         return True, str(self.directory.text)
-
-    def _gauges(self) -> None:
-        def connections() -> Iterable[Sample]:
-            for service in (self._outbound, self._inbound):
-                labels = {"direction": service.direction, "side": "downstream"}
-                yield "", labels, len(service.connections)
-
-        def pool() -> Iterable[Sample]:
-            idle = sum(1 for one in self.worker.upstreams if one.deadline is not NEVER)
-            yield "", {"state": "idle"}, idle
-            yield "", {"state": "active"}, len(self.worker.upstreams) - idle
-
-        def expiry() -> Iterable[Sample]:
-            current = self.identity.current
-            if current is not None:
-                yield "", {}, current.not_after
-
-        def renewals() -> Iterable[Sample]:
-            yield "", {"result": "ok"}, self.identity.fetched
-            yield "", {"result": "failed"}, self.identity.failed
-
-        self.metrics.read(
-            "identity_renewals_total", "counter", "Certificates fetched for ourselves.", renewals
-        )
-        self.metrics.read("connections_open", "gauge", "Open connections.", connections)
-        self.metrics.read("pool_connections", "gauge", "Connections to upstreams.", pool)
-        self.metrics.read(
-            "identity_expiry_timestamp_seconds", "gauge", "When our certificate expires.", expiry
-        )
 
 
 def _source(tls: TlsSettings, agent: AgentClient) -> CredentialSource:

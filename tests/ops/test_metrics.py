@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from dstack_mesh.ops.families import exposition
 from dstack_mesh.ops.metrics import Metrics
 
 # A strict reader of the text exposition format, written for these tests.
@@ -26,12 +27,12 @@ class Family:
     samples: dict[tuple[str, Labels], float] = field(default_factory=dict)
 
 
-def parse(text: str) -> dict[str, Family]:
-    assert text.endswith("\n")
+def parse(page: str) -> dict[str, Family]:
+    assert page.endswith("\n")
     families: dict[str, Family] = {}
     helps: dict[str, str] = {}
     current = ""
-    for line in text.removesuffix("\n").split("\n"):
+    for line in page.removesuffix("\n").split("\n"):
         if line.startswith("# HELP "):
             _, _, name, help_ = line.split(" ", 3)
             assert name not in helps, "one HELP for each"
@@ -53,18 +54,18 @@ def parse(text: str) -> dict[str, Family]:
     return families
 
 
-def labels(text: str) -> Labels:
+def labels(inside: str) -> Labels:
     found: dict[str, str] = {}
     at = 0
-    while at < len(text):
-        match = _LABEL.match(text, at)
-        assert match, text[at:]
+    while at < len(inside):
+        match = _LABEL.match(inside, at)
+        assert match, inside[at:]
         assert match[1] not in found
         found[match[1]] = re.sub(
             r'\\(["\\n])', lambda one: "\n" if one[1] == "n" else one[1], match[2]
         )
         at = match.end()
-        assert at < len(text) or match[3] == ""
+        assert at < len(inside) or match[3] == ""
     return frozenset(found.items())
 
 
@@ -74,6 +75,10 @@ def only(family: Family) -> dict[tuple[str, ...], float]:
         tuple(value for _, value in sorted(given)): number
         for (_, given), number in family.samples.items()
     }
+
+
+def text(metrics: Metrics) -> str:
+    return exposition(metrics.dump())
 
 
 def record(
@@ -91,15 +96,12 @@ def record(
 
 
 def test_a_mesh_that_did_nothing() -> None:
-    families = parse(Metrics("1.2.3").text())
+    families = parse(text(Metrics("1.2.3")))
     assert {name: family.kind for name, family in families.items()} == {
-        "dstack_mesh_requests_total": "counter",
-        "dstack_mesh_request_duration_seconds": "histogram",
-        "dstack_mesh_bytes_total": "counter",
         "dstack_mesh_handshakes_total": "counter",
         "dstack_mesh_policy_decisions_total": "counter",
         "dstack_mesh_build_info": "gauge",
-    }
+    }, "a family without a sample is no family"
     assert only(families["dstack_mesh_build_info"]) == {("1.2.3",): 1}
     assert all(family.help.endswith(".") for family in families.values())
 
@@ -111,7 +113,7 @@ def test_requests_by_direction_method_class_and_code() -> None:
     record(metrics, "outbound", status=502, code="peer_untrusted")
     record(metrics, "inbound", b"POST", status=404)
     record(metrics, "inbound", b"POST", status=0)
-    family = parse(metrics.text())["dstack_mesh_requests_total"]
+    family = parse(text(metrics))["dstack_mesh_requests_total"]
     # labels in the order code, direction, method, status_class
     assert only(family) == {
         ("", "outbound", "GET", "2xx"): 2,
@@ -132,7 +134,7 @@ def test_methods_of_a_clients_own_making_are_one_label() -> None:
     standard = (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"TRACE", b"PATCH")
     for method in standard:
         record(metrics, "outbound", method)
-    family = parse(metrics.text())["dstack_mesh_requests_total"]
+    family = parse(text(metrics))["dstack_mesh_requests_total"]
     counts = {dict(given)["method"]: number for (_, given), number in family.samples.items()}
     assert counts == {"other": 1002, **{method.decode(): 1 for method in standard}}
 
@@ -141,7 +143,7 @@ def test_bytes_each_way() -> None:
     metrics = Metrics("1")
     record(metrics, "outbound", bytes_up=3, bytes_down=2**40)
     record(metrics, "outbound", bytes_up=4, bytes_down=1)
-    family = parse(metrics.text())["dstack_mesh_bytes_total"]
+    family = parse(text(metrics))["dstack_mesh_bytes_total"]
     assert only(family) == {("outbound", "up"): 7, ("outbound", "down"): 2**40 + 1}
 
 
@@ -152,13 +154,19 @@ def test_handshakes_and_decisions() -> None:
     metrics.count_handshake("inbound", "ok")
     for decision in ("allow", "deny", "allow"):
         metrics.count_decision(decision)
-    families = parse(metrics.text())
-    assert only(families["dstack_mesh_handshakes_total"]) == {
+    families = parse(text(metrics))
+    handshakes = only(families["dstack_mesh_handshakes_total"])
+    assert {key: count for key, count in handshakes.items() if count} == {
         ("outbound", "ok"): 2,
         ("outbound", "tls_failed"): 1,
         ("inbound", "ok"): 1,
     }
-    assert only(families["dstack_mesh_policy_decisions_total"]) == {("allow",): 2, ("deny",): 1}
+    assert handshakes["outbound", "peer_app_id_mismatch"] == 0, "so that the first is an increase"
+    assert only(families["dstack_mesh_policy_decisions_total"]) == {
+        ("allow",): 2,
+        ("audit",): 0,
+        ("deny",): 1,
+    }
 
 
 def buckets(family: Family, direction: str) -> dict[float, float]:
@@ -174,7 +182,7 @@ def buckets(family: Family, direction: str) -> dict[float, float]:
 def test_a_duration_is_in_each_bucket_that_reaches_to_it(seconds: float, least: float) -> None:
     metrics = Metrics("1")
     record(metrics, "outbound", seconds=seconds)
-    found = buckets(parse(metrics.text())["dstack_mesh_request_duration_seconds"], "outbound")
+    found = buckets(parse(text(metrics))["dstack_mesh_request_duration_seconds"], "outbound")
     assert found == {bound: float(bound >= least) for bound in found}
     assert least in found
 
@@ -188,7 +196,7 @@ def test_histograms_are_cumulative_and_fit_their_count_and_sum() -> None:
     for direction, values in durations.items():
         for value in values:
             record(metrics, direction, seconds=value)
-    family = parse(metrics.text())["dstack_mesh_request_duration_seconds"]
+    family = parse(text(metrics))["dstack_mesh_request_duration_seconds"]
     for direction, values in durations.items():
         found = buckets(family, direction)
         bounds = list(found)
@@ -208,27 +216,27 @@ def test_what_is_read_is_asked_for_each_time() -> None:
         "pool_connections",
         "gauge",
         "Connections to upstreams.",
-        lambda: [("", {"state": key}, value) for key, value in state.items()],
+        lambda: [({"state": key}, value) for key, value in state.items()],
     )
-    metrics.read("plain", "gauge", "No label.", lambda: [("", {}, 1.7e9)])
-    assert only(parse(metrics.text())["dstack_mesh_pool_connections"]) == {("idle",): 1}
+    metrics.read("plain", "gauge", "No label.", lambda: [({}, 1.7e9)])
+    assert only(parse(text(metrics))["dstack_mesh_pool_connections"]) == {("idle",): 1}
     state["idle"], state["busy"] = 5, 2
-    families = parse(metrics.text())
+    families = parse(text(metrics))
     assert only(families["dstack_mesh_pool_connections"]) == {("idle",): 5, ("busy",): 2}
     assert only(families["dstack_mesh_plain"]) == {(): 1.7e9}
 
 
-@pytest.mark.parametrize("text", ['a"b', "a\\b", "a\nb", '\\"', "\\n", '",x="1', "} 1\n# TYPE x"])
-def test_labels_are_escaped(text: str) -> None:
-    metrics = Metrics(text)
-    metrics.read("odd", "gauge", "Odd.", lambda: [("", {"a": text, "b": "c"}, 1)])
-    families = parse(metrics.text())
-    assert only(families["dstack_mesh_odd"]) == {(text, "c"): 1}
-    assert only(families["dstack_mesh_build_info"]) == {(text,): 1}
+@pytest.mark.parametrize("odd", ['a"b', "a\\b", "a\nb", '\\"', "\\n", '",x="1', "} 1\n# TYPE x"])
+def test_labels_are_escaped(odd: str) -> None:
+    metrics = Metrics(odd)
+    metrics.read("odd", "gauge", "Odd.", lambda: [({"a": odd, "b": "c"}, 1)])
+    families = parse(text(metrics))
+    assert only(families["dstack_mesh_odd"]) == {(odd, "c"): 1}
+    assert only(families["dstack_mesh_build_info"]) == {(odd,): 1}
 
 
 @pytest.mark.parametrize("value", [0, 1, 0.1, 1_700_000_000.25, 2**49, math.inf])
 def test_values_keep_their_precision(value: float) -> None:
     metrics = Metrics("1")
-    metrics.read("v", "gauge", "A value.", lambda: [("", {}, value)])
-    assert only(parse(metrics.text())["dstack_mesh_v"]) == {(): value}
+    metrics.read("v", "gauge", "A value.", lambda: [({}, value)])
+    assert only(parse(text(metrics))["dstack_mesh_v"]) == {(): value}
