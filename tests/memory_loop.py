@@ -150,8 +150,9 @@ class MemoryLoop(asyncio.AbstractEventLoop):
         protocol: Upstream,
         context: ssl.SSLContext,
         server_name: str | None,
+        session: ssl.SSLSession | None = None,
     ) -> FakeTransport:
-        """Give one on which the handshake goes as the test says: see `relay.tls.open_tls`."""
+        """Give one on which the handshake goes as the test says: see `tls_client.open_tls`."""
         address = self._addresses[sock.fileno()]
         attempt = Attempt(address, server_name or "", self.create_future())
         self.attempts.append(attempt)

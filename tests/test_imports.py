@@ -16,13 +16,13 @@ SOURCE = ROOT / "src" / PACKAGE
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
-    {"", "model", "errors", "log", "log_limit", "gateway_domain", "listen"},
+    {"", "model", "errors", "log", "log_limit", "gateway_domain", "listen", "memory"},
     {"wire", "identity", "policy", "settings"},
     {"relay", "dstack"},
     {"outbound", "inbound"},
     {"ops"},
-    {"app", "lifecycle"},
-    {"demo"},
+    {"app", "lifecycle", "reload"},
+    {"demo", "check"},
     {"cli", "__main__"},
 )
 """A part imports from its own layer and from those before it. `sim` stands beside them."""

@@ -30,6 +30,7 @@ from hatchling.build import (
 
 COMPILED = (
     "dstack_mesh/wire/*.py",
+    "dstack_mesh/wire/*.c",
     "dstack_mesh/relay/*.py",
     "dstack_mesh/policy/*.py",
     "dstack_mesh/dstack/gateway.py",
@@ -92,4 +93,4 @@ def _compile() -> None:
         if path.name != "__init__.py"
     )
     command = [sys.executable, str(Path(__file__).with_name("compile_modules.py").resolve())]
-    subprocess.run([*command, GROUP, *modules], cwd=sources, check=True)
+    subprocess.run([*command, GROUP, *modules], cwd=sources, check=True)  # noqa: S603 - our own

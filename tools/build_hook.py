@@ -1,4 +1,4 @@
-"""Hatchling's hook: puts the compiled modules, if there are any, beside their sources in the wheel."""
+"""Hatchling's hook: puts compiled modules, where there are any, beside their sources."""
 
 from __future__ import annotations
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import socket
+import os
 import ssl
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
-from dstack_mesh import __version__, lifecycle, listen
+from dstack_mesh import __version__, lifecycle, listen, memory, reload
 from dstack_mesh.dstack.agent import AgentClient
 from dstack_mesh.dstack.gateway import GatewayDirectory
 from dstack_mesh.identity.source import AgentSource, CredentialSource, FileSource
@@ -30,9 +30,12 @@ from dstack_mesh.ops.parts import Parts
 from dstack_mesh.ops.readiness import ReadinessChecks, backends_answer
 from dstack_mesh.ops.report import WorkerReport
 from dstack_mesh.ops.reporter import Reporter, shown_settings
+from dstack_mesh.ops.systemd import Notifier
 from dstack_mesh.outbound.proxy import OutboundOptions, OutboundProxy
 from dstack_mesh.policy.current import Current
 from dstack_mesh.relay.deadlines import NEVER, Timeouts
+from dstack_mesh.relay.interfaces import Handler
+from dstack_mesh.relay.listeners import Listeners
 from dstack_mesh.relay.pool import Pool
 from dstack_mesh.relay.service import Service
 from dstack_mesh.relay.worker import Worker
@@ -50,45 +53,65 @@ def run(loaded: Loaded, ready_file: Path | None) -> int:
     lifecycle.allow_many_files()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_main(loaded.settings, ready_file))
+            return runner.run(_main(loaded, ready_file))
     except listen.ListenError as error:
         print(f"dstack-mesh: {error}", file=sys.stderr)  # noqa: T201 - for the person who started it
         return 1
 
 
-async def _main(settings: Settings, ready_file: Path | None) -> int:
-    sidecar = Sidecar(settings)
-    signals = lifecycle.Signals(asyncio.get_running_loop())
+async def _main(loaded: Loaded, ready_file: Path | None) -> int:
+    loop = asyncio.get_running_loop()
+    sidecar = Sidecar(loaded.settings)
+    notifier = Notifier.from_environ(os.environ)
+    reloader = reload.Reloader(loaded, sidecar.reloadable(), notifier)
+    signals = lifecycle.Signals(loop, reloader.ask)
+    collector = memory.Collector(loop, sidecar.open_connections)
     try:
         await sidecar.start()
         if ready_file is not None:
             # Left by a process that was killed. Not before the listeners are ours: another sidecar
             # may be running, and the file be its own.
             lifecycle.remove_ready_file(ready_file)
-        announced = asyncio.create_task(_announce(sidecar, signals, ready_file))
+        notifier.start(loop, sidecar.status)
+        announced = asyncio.create_task(
+            _announce(sidecar, signals, notifier, ready_file, collector)
+        )
+        reloading = asyncio.create_task(reloader.run())
         try:
             await signals.wait()
         finally:
             announced.cancel()
-            await asyncio.gather(announced, return_exceptions=True)
+            reloading.cancel()
+            await asyncio.gather(announced, reloading, return_exceptions=True)
+        notifier.stopping()
         await sidecar.drain()
         if ready_file is not None:
             lifecycle.remove_ready_file(ready_file)
     finally:
+        collector.stop()
         await sidecar.stop()
+        notifier.close()
     return signals.exit_status
 
 
-async def _announce(sidecar: Sidecar, signals: lifecycle.Signals, ready_file: Path | None) -> None:
+async def _announce(
+    sidecar: Sidecar,
+    signals: lifecycle.Signals,
+    notifier: Notifier,
+    ready_file: Path | None,
+    collector: memory.Collector,
+) -> None:
     await sidecar.wait_open()
-    if ready_file is None:
-        return
-    try:
-        lifecycle.write_ready_file(ready_file, sidecar.bound())
-    except OSError as error:
-        # Whoever waits for the file would wait for ever.
-        event(log, logging.ERROR, "ready_file_failed", path=str(ready_file), reason=str(error))
-        signals.end(1)
+    collector.start()
+    if ready_file is not None:
+        try:
+            lifecycle.write_ready_file(ready_file, sidecar.bound())
+        except OSError as error:
+            # Whoever waits for the file would wait for ever.
+            event(log, logging.ERROR, "ready_file_failed", path=str(ready_file), reason=str(error))
+            signals.end(1)
+            return
+    notifier.ready()
 
 
 class Sidecar:
@@ -119,7 +142,7 @@ class Sidecar:
         self._auth = self._make_auth()
         self._draining = False
         self._sockets: dict[str, listen.ListeningSocket] = {}
-        self._servers: dict[str, asyncio.Server] = {}
+        self._listeners = Listeners(self.worker.loop)
         self._tasks: list[asyncio.Task[None]] = []
         self.identity.subscribe(self._renewed)
         self.reporter = self._make_reporter()
@@ -222,25 +245,23 @@ class Sidecar:
         for name, address in addresses.items():
             if address is not None:
                 self._sockets[name] = listen.bind(address)
-        await self._serve("outbound", lambda: self._outbound.protocol(self._proxy).as_protocol())
+        self._serve("outbound", self._outbound, self._proxy)
         if settings.admin.listen is not None:
-            admin = Admin(self._collect, settings.admin.listen)
-            await self._serve("admin", lambda: self._admin.protocol(admin).as_protocol())
-        loop = self.worker.loop
+            self._serve("admin", self._admin, Admin(self._collect, settings.admin.listen))
         self._tasks = [
-            loop.create_task(self.identity.run()),
-            loop.create_task(self.directory.run()),
+            asyncio.create_task(self.identity.run()),
+            asyncio.create_task(self.directory.run()),
         ]
 
     async def wait_open(self) -> None:
         """Open inbound once there is an identity; return when every listener is open."""
         await self.identity.wait_loaded()
         if self._listener is not None:
-            self._listener.start(self._sockets["inbound"])
+            sock = self._sockets["inbound"]
+            self._listeners.serve_tls("inbound", sock, self._inbound, self._listener.take)
             self._say_listening("inbound")
-        auth = self._auth
-        if auth is not None:
-            await self._serve("auth", lambda: self._inbound.protocol(auth).as_protocol())
+        if self._auth is not None:
+            self._serve("auth", self._inbound, self._auth)
         event(log, logging.INFO, "ready", **self.bound())
 
     def bound(self) -> dict[str, str | None]:
@@ -251,6 +272,25 @@ class Sidecar:
             for name in names
         }
 
+    def reloadable(self) -> tuple[reload.Part, ...]:
+        """Give the parts whose settings may change while running."""
+        return (
+            reload.policy_part(self.policy),
+            reload.identity_part(self.identity, lambda tls: _source(tls, self._agent)),
+            reload.log_part(),
+        )
+
+    def status(self) -> str:
+        """Say in one line how it is, for people."""
+        if self._draining:
+            inbound, outbound = len(self._inbound.connections), len(self._outbound.connections)
+            return f"stopping: {inbound} inbound and {outbound} outbound connections left"
+        states = [self._identity_state()]
+        if self.settings.outbound.listen is not None:
+            states.append(self._gateway_state())
+        missing = [reason for ok, reason in states if not ok]
+        return f"not ready: {'; '.join(missing)}" if missing else f"ready: {states[0][1]}"
+
     async def drain(self) -> None:
         """Finish what is in flight, at the latest after `drain_timeout`.
 
@@ -260,14 +300,10 @@ class Sidecar:
         event(log, logging.INFO, "draining", timeout=self.settings.drain_timeout)
         try:
             async with asyncio.timeout(self.settings.drain_timeout):
-                if self._listener is not None:
-                    await self._listener.stop()
-                    self._sockets["inbound"].close()
-                if self._auth is not None:
-                    self._stop_serving("auth")
-                    self._sockets["auth"].close()
+                self._stop_accepting("inbound")
+                self._stop_accepting("auth")
                 await self._inbound.drain()
-                self._stop_serving("outbound")
+                self._stop_accepting("outbound")
                 await self._outbound.drain()
         except TimeoutError:
             event(
@@ -280,16 +316,15 @@ class Sidecar:
 
     async def stop(self) -> None:
         """End everything at once."""
+        self._listeners.abort()
         if self._listener is not None:
-            await self._listener.stop()
             self._listener.abort()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for name in list(self._servers):
-            self._stop_serving(name)
         for service in (self._outbound, self._inbound, self._admin):
             service.abort()
+            await service.gone()
         self._pool.close()
         self.worker.close()
         for sock in self._sockets.values():
@@ -301,21 +336,20 @@ class Sidecar:
 
     # What the parts tell each other.
 
-    async def _serve(self, name: str, protocol: Callable[[], asyncio.BaseProtocol]) -> None:
-        sock = self._sockets.get(name)
-        if sock is None:
-            return
-        loop = self.worker.loop
-        if sock.family == socket.AF_UNIX:
-            self._servers[name] = await loop.create_unix_server(protocol, sock=sock)
-        else:
-            self._servers[name] = await loop.create_server(protocol, sock=sock)
-        self._say_listening(name)
+    def _serve(self, name: str, service: Service, handler: Handler[Any]) -> None:
+        if name in self._sockets:
+            self._listeners.serve(name, self._sockets[name], service, handler)
+            self._say_listening(name)
 
-    def _stop_serving(self, name: str) -> None:
-        server = self._servers.pop(name, None)
-        if server is not None:
-            server.close()
+    def _stop_accepting(self, name: str) -> None:
+        self._listeners.stop(name)
+        if name in self._sockets:
+            self._sockets[name].close()  # else who comes now would wait for nothing
+
+    def open_connections(self) -> int:
+        """Count the connections of all listeners, and those to upstreams."""
+        services = (self._outbound, self._inbound, self._admin)
+        return sum(len(one.connections) for one in services) + len(self.worker.upstreams)
 
     def _say_listening(self, name: str) -> None:
         address = listen.bound_address(self._sockets[name])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ssl
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
-from tests.identity.conftest import APP_A, Issued, Kms, shake_hands
+from tests.identity.conftest import APP_A, APP_B, Issued, Kms, shake_hands
 
 from dstack_mesh.identity import tls
+from dstack_mesh.identity.chain import ChainRuleBroken
+from dstack_mesh.identity.peers import verified_chain
 from dstack_mesh.model import Role
 
 TLS12, TLS13 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
@@ -35,7 +38,8 @@ def test_both_contexts_verify_against_the_root_alone(kms: Kms, version: ssl.TLSV
         assert not context.verify_flags & ssl.VERIFY_X509_PARTIAL_CHAIN
         assert context.options & ssl.OP_NO_RENEGOTIATION
         assert context.options & ssl.OP_NO_COMPRESSION
-        assert context.options & ssl.OP_NO_TICKET
+        has_tickets = context is server and version is TLS13
+        assert bool(context.options & ssl.OP_NO_TICKET) is not has_tickets
         assert context.security_level == 2
         for cipher in context.get_ciphers():
             assert cipher["aead"]
@@ -77,25 +81,117 @@ def test_tls_1_3_is_taken_where_1_2_is_allowed(kms: Kms) -> None:
     assert server.version() == "TLSv1.3"
 
 
-@pytest.mark.parametrize("min_version", [TLS12, TLS13], ids=["min 1.2", "min 1.3"])
-@VERSIONS
-def test_our_server_gives_a_caller_nothing_to_resume(
-    kms: Kms, version: ssl.TLSVersion, min_version: ssl.TLSVersion
-) -> None:
-    if version < min_version:
-        return
-    leaf = kms.leaf()
-    server_context = tls.server_context(leaf.credentials, min_version)
-    caller = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # with tickets and session ids, as by default
-    caller.check_hostname = False
-    caller.verify_mode = ssl.CERT_NONE
-    caller.maximum_version = version
-    tls._load_key(caller, leaf.credentials)
-    _, client = shake_hands(server_context, caller)
+# Resumption
+
+
+def eager_caller(issued: Issued | None, version: ssl.TLSVersion = TLS13) -> ssl.SSLContext:
+    """Give a caller with tickets and session ids, as contexts have them by default."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.maximum_version = version
+    if issued is not None:
+        tls._load_key(context, issued.credentials)
+    return context
+
+
+def session_of(
+    server_context: ssl.SSLContext, caller: ssl.SSLContext, peers: tls.VerifiedPeers
+) -> ssl.SSLSession | None:
+    """Do a full handshake, have the caller identified, and give what it may resume."""
+    server, client = shake_hands(server_context, caller)
+    peers.identify(server, Role.CALLER)
     with pytest.raises(ssl.SSLWantReadError):
-        client.read(1)  # where a TLS 1.3 ticket would arrive
-    assert client.session is None or not client.session.has_ticket
-    server, client = shake_hands(server_context, caller, client.session)
+        client.read(1)  # where a TLS 1.3 ticket arrives
+    return client.session
+
+
+def test_a_caller_resumes_its_session_as_who_it_was(kms: Kms) -> None:
+    leaf = kms.leaf()
+    context = tls.server_context(kms.leaf().credentials, TLS13)
+    peers, caller = tls.VerifiedPeers(kms.root.root_spki), eager_caller(leaf)
+    session = session_of(context, caller, peers)
+    assert session is not None
+    assert session.has_ticket
+    server, _ = shake_hands(context, caller, session)
+    assert server.session_reused
+    assert verified_chain(server) == []
+    found = peers.identify(server, Role.CALLER)
+    assert found is not None
+    assert found.app_id == APP_A
+
+
+def test_a_resumed_session_ends_with_the_callers_chain(kms: Kms) -> None:
+    context = tls.server_context(kms.leaf().credentials, TLS13)
+    now = [time.time()]
+    peers = tls.VerifiedPeers(kms.root.root_spki, clock=lambda: now[0])
+    caller = eager_caller(kms.leaf())
+    session = session_of(context, caller, peers)
+    server, _ = shake_hands(context, caller, session)
+    now[0] += 200 * 365 * 86_400
+    assert server.session_reused
+    with pytest.raises(ChainRuleBroken, match="expired"):
+        peers.identify(server, Role.CALLER)
+
+
+def test_nothing_is_resumed_with_another_context(kms: Kms) -> None:
+    """As behind a renewal of our own: the ticket's key is gone, and the handshake is a full one."""
+    credentials = kms.leaf().credentials
+    peers, caller = tls.VerifiedPeers(kms.root.root_spki), eager_caller(kms.leaf())
+    session = session_of(tls.server_context(credentials, TLS13), caller, peers)
+    server, _ = shake_hands(tls.server_context(credentials, TLS13), caller, session)
+    assert not server.session_reused
+
+
+def test_a_session_whose_chain_was_never_found_good_is_good_for_nothing(kms: Kms) -> None:
+    """Another app's CA has signed the leaf: OpenSSL verifies it, the chain rules do not."""
+    liar = kms.leaf(issuer=kms.app_ca(APP_B))
+    context = tls.server_context(kms.leaf().credentials, TLS13)
+    peers, caller = tls.VerifiedPeers(kms.root.root_spki), eager_caller(liar)
+    server, client = shake_hands(context, caller)
+    for _ in range(2):
+        with pytest.raises(ChainRuleBroken):
+            peers.identify(server, Role.CALLER)
+        with pytest.raises(ssl.SSLWantReadError):
+            client.read(1)
+        server, client = shake_hands(context, caller, client.session)
+        assert server.session_reused
+
+
+def test_a_caller_without_certificate_stays_one(kms: Kms) -> None:
+    context = tls.server_context(kms.leaf().credentials, TLS13)
+    peers, caller = tls.VerifiedPeers(kms.root.root_spki), eager_caller(None)
+    session = session_of(context, caller, peers)
+    server, _ = shake_hands(context, caller, session)
+    assert server.session_reused
+    assert peers.identify(server, Role.CALLER) is None
+
+
+def test_more_callers_than_are_known_do_a_full_handshake(
+    kms: Kms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls, "_MAX_CALLERS", 2)
+    context = tls.server_context(kms.leaf().credentials, TLS13)
+    peers = tls.VerifiedPeers(kms.root.root_spki)
+    callers = [eager_caller(kms.leaf()) for _ in range(5)]
+    sessions = [session_of(context, caller, peers) for caller in callers]
+    for caller, session in zip(callers, sessions, strict=True):
+        server, _ = shake_hands(context, caller, session)
+        assert peers.identify(server, Role.CALLER) is not None, "nobody is refused for it"
+    server, _ = shake_hands(context, callers[0], sessions[0])
+    assert not server.session_reused
+    server, _ = shake_hands(context, callers[4], session_of(context, callers[4], peers))
+    assert server.session_reused
+
+
+@VERSIONS
+def test_where_1_2_is_allowed_there_is_nothing_to_resume(kms: Kms, version: ssl.TLSVersion) -> None:
+    leaf = kms.leaf()
+    server_context = tls.server_context(leaf.credentials, TLS12)
+    caller = eager_caller(leaf, version)
+    session = session_of(server_context, caller, tls.VerifiedPeers(kms.root.root_spki))
+    assert session is None or not session.has_ticket
+    server, client = shake_hands(server_context, caller, session)
     assert not server.session_reused
     assert not client.session_reused
     assert tls.VerifiedPeers(kms.root.root_spki).identify(server, Role.CALLER) is not None

@@ -73,7 +73,7 @@ class Client:
 
     async def answer(self, method: str = "GET") -> Answer:
         """Read one whole response to a request that was sent with `send`."""
-        parser = h11.Connection(h11.CLIENT)
+        parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=1 << 20)
         parser.send(h11.Request(method=method, target="/", headers=[("host", "x")]))
         parser.send(h11.EndOfMessage())
         trailing = self._h11.trailing_data[0] if isinstance(self._h11, h11.Connection) else b""

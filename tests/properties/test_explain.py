@@ -29,8 +29,8 @@ from dstack_mesh.policy.rule import INFO_CONDITIONS, Rule
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.deadlines import Timeouts
 from dstack_mesh.relay.dial import PlainConnector
+from dstack_mesh.relay.lane import Route as UpstreamRoute
 from dstack_mesh.relay.pool import Pool
-from dstack_mesh.relay.upstream import Route as UpstreamRoute
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.settings.load import load_settings
 from dstack_mesh.settings.rules import toml_lines

@@ -17,6 +17,8 @@ from dstack_mesh.identity.peers import VerifiedPeers as VerifiedPeers
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dstack_mesh.model import PeerIdentity
+
 _TLS12_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"
 """Forward secrecy and AEAD only (RFC 9325 4.2); level 2 refuses SHA-1 and RSA under 2,048 bits."""
 
@@ -41,6 +43,9 @@ _CERTIFICATE_ALERTS = frozenset(
     }
 )
 
+_MAX_CALLERS = 4096
+"""Whose sessions may be resumed: about 4 MB of memory."""
+
 _NOT_TLS = frozenset(
     {"WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST"}
 )
@@ -56,22 +61,39 @@ class Credentials:
     root_pem: bytes
 
 
-class _ServerContext(ssl.SSLContext):
-    """Makes a context for each connection where `make_fresh` is set.
+class ServerContext(ssl.SSLContext):
+    """A server's context that knows who its callers were, so that they may resume their sessions.
 
-    TLS 1.2 sessions are cached by the context. Python's `ssl` cannot switch that cache off, and a
-    resumed session has no chain to check (docs/adr/0002): with nothing shared there is nothing to
-    resume.
+    A resumed session has no chain to check (ADR 2): it is good for the identity that was verified
+    in the handshake it comes from, and that is kept here, by the leaf. Tickets are sealed with the
+    context's own key, so none is good for another context, or another identity of ours.
     """
 
-    make_fresh: Callable[[], _ServerContext] | None = None
+    verified: dict[bytes, PeerIdentity]
+    """By the SHA-256 of the leaf."""
+
+    successor: ServerContext | None = None
+    make: Callable[[], ServerContext]
+    resumes = True
 
     def wrap_bio(
         self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, *args: Any, **kw: Any
     ) -> Any:
-        if self.make_fresh is not None:
-            return self.make_fresh().wrap_bio(incoming, outgoing, *args, **kw)
-        return super().wrap_bio(incoming, outgoing, *args, **kw)
+        """See `ssl.SSLContext`: make the session of one connection."""
+        return ssl.SSLContext.wrap_bio(self._current(), incoming, outgoing, *args, **kw)
+
+    def _current(self) -> ServerContext:
+        """Give the context for the next connection.
+
+        With more callers than are kept, a new context takes over: the tickets of the old one are
+        no longer understood then, and its callers do a full handshake instead of being refused.
+        """
+        if not self.resumes:
+            return self.make()
+        latest = self.successor or self
+        if len(latest.verified) >= _MAX_CALLERS:
+            latest = self.successor = self.make()
+        return latest
 
 
 def client_context(credentials: Credentials, min_version: ssl.TLSVersion) -> ssl.SSLContext:
@@ -87,23 +109,29 @@ def client_context(credentials: Credentials, min_version: ssl.TLSVersion) -> ssl
     return context
 
 
-def server_context(credentials: Credentials, min_version: ssl.TLSVersion) -> ssl.SSLContext:
+def server_context(credentials: Credentials, min_version: ssl.TLSVersion) -> ServerContext:
     """Return the context for callers, which may show a certificate (`/health` is open to all).
 
     Raises `ssl.SSLError` when key, chain or root cannot be loaded or do not fit one another.
     """
 
-    def make() -> _ServerContext:
-        context = _ServerContext(ssl.PROTOCOL_TLS_SERVER)
+    # OpenSSL remembers TLS 1.2 sessions by their id, and Python's `ssl` has no switch for that:
+    # with a context for each connection there is nothing to resume.
+    resumes = min_version >= ssl.TLSVersion.TLSv1_3
+
+    def make() -> ServerContext:
+        context = ServerContext(ssl.PROTOCOL_TLS_SERVER)
         context.verify_mode = ssl.CERT_OPTIONAL
-        context.num_tickets = 0
         _configure(context, credentials, min_version)
+        context.num_tickets = 1 if resumes else 0
+        context.verified = {}
+        context.make = make
+        context.resumes = resumes
+        if resumes:
+            context.options &= ~ssl.OP_NO_TICKET
         return context
 
-    context = make()
-    if min_version < ssl.TLSVersion.TLSv1_3:
-        context.make_fresh = make
-    return context
+    return make()
 
 
 def _configure(
@@ -111,8 +139,9 @@ def _configure(
 ) -> None:
     context.minimum_version = min_version
     context.set_ciphers(_TLS12_CIPHERS)
-    # No resumption: a resumed session has no chain to check (docs/adr/0002).
-    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    # Tickets: those of TLS 1.3 alone, and only where it is known what may be resumed (ADR 2).
+    context.options |= ssl.OP_NO_TICKET
     # dstack's chains carry no key identifiers, which RFC 5280's strict mode asks for; and trust
     # begins at the root only, never at a link of the chain.
     context.verify_flags &= ~(ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN)

@@ -117,6 +117,12 @@ class Terminator:
         return found
 
 
+_NOBODY = (
+    "this app answers callers with a certificate of its KMS only; call it through"
+    " a mesh, by x-dstack-target-app"
+)
+
+
 class Caller(Handler[InboundPlan]):
     """One caller's connection: its identity was settled in the handshake."""
 
@@ -137,7 +143,8 @@ class Caller(Handler[InboundPlan]):
         self._shared = shared
         self._snapshot = snapshot
         self._peer: PeerIdentity | None = None
-        self._refusal: MeshError | None = None
+        # Made anew for each request: one that was raised keeps all frames it went through.
+        self._refusal: tuple[type[MeshError], str] | None = None
         self._own_fields = (b"", b"")
         self._welcome: Policy | None = None
         """A policy that is known to let this caller through: it need not be asked again."""
@@ -155,13 +162,11 @@ class Caller(Handler[InboundPlan]):
         try:
             self._peer = self._snapshot.peers.identify(tls, Role.CALLER)
         except ChainRuleBroken as error:
-            self._refusal = ClientCertUntrusted(f"the client certificate is not trusted: {error}")
+            reason = f"the client certificate is not trusted: {error}"
+            self._refusal = ClientCertUntrusted, reason
             return
         if self._peer is None:
-            self._refusal = ClientCertRequired(
-                "this app answers callers with a certificate of its KMS only; call it through"
-                " a mesh, by x-dstack-target-app"
-            )
+            self._refusal = ClientCertRequired, _NOBODY
             return
         self.tally = self._shared.peers.get(self._peer.app_id)
         peer_address = transport.get_extra_info("peername")
@@ -223,7 +228,8 @@ class Caller(Handler[InboundPlan]):
 
     def _authorise(self, policy: Policy, line: RequestLine, plan: InboundPlan) -> None:
         if self._refusal is not None:
-            raise self._refusal
+            kind, reason = self._refusal
+            raise kind(reason)
         peer = self._peer
         if peer is None:
             raise ClientCertRequired("no client certificate was shown")

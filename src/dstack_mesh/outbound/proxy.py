@@ -20,7 +20,7 @@ from dstack_mesh.relay.interfaces import Handler, Plan
 from dstack_mesh.relay.lane import Lane, Route
 from dstack_mesh.relay.pool import Pool
 from dstack_mesh.relay.tally import PeerTallies, PeerTally, Tally
-from dstack_mesh.relay.tls import open_tls
+from dstack_mesh.relay.tls_client import open_tls
 from dstack_mesh.wire.fields import Field
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
 from dstack_mesh.wire.translate import ResponseRules

@@ -121,6 +121,7 @@ class Lane:
         """Drop a connection that is gone."""
         if upstream.admitted:
             self.open -= 1
+            self.connector.forgotten(upstream)
         self.worker.forget_upstream(upstream)
         if upstream.exchange is None and upstream in self.idle:
             self.idle.remove(upstream)

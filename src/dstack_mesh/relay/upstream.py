@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from dstack_mesh.errors import MeshError
+from dstack_mesh.memory import let_go
 from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.stream import StreamProtocol
@@ -68,6 +69,9 @@ class Connector:
     def lost(self, exc: Exception | None) -> MeshError:
         """Name the error of a connection that ended before a response began."""
         raise NotImplementedError
+
+    def forgotten(self, upstream: Upstream) -> None:
+        """Learn that a connection that was ready is gone."""
 
     def generation(self) -> int:
         """Give the number that a connection must have been made under to be used again."""
@@ -172,6 +176,7 @@ class Upstream(StreamProtocol):
         if exchange is not None:
             self.exchange = None
             exchange.upstream_lost(self, exc)
+        let_go(self.transport)
 
     def pause_writing(self) -> None:
         """Pause the request's source."""

@@ -252,7 +252,7 @@ SCHEMA: tuple[Setting, ...] = (
     Setting(
         "max_connections", ("MESH_MAX_CONNECTIONS",),
         Kind(parse.count, "a whole number from 1 to 999999999", number=True), "10000",
-        "Connections per listener; over it callers get overloaded.",
+        "Connections per listener; over it idle ones give way, or callers get overloaded.",
     ),
 )  # fmt: skip
 

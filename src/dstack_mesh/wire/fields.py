@@ -7,7 +7,6 @@ no folding, no bare CR or LF, no control bytes in values.
 from __future__ import annotations
 
 import re
-from typing import Final
 
 from dstack_mesh.wire.limits import MAX_FIELDS
 
@@ -23,19 +22,6 @@ _field_lines = re.compile(
 ).findall
 _length_line = re.compile(rb"^(content-length: )[0-9]++", re.IGNORECASE | re.MULTILINE).sub
 _is_token = re.compile(TOKEN + rb"++").fullmatch
-
-_CONTROLS = (*range(0x20), 0x7F)
-_NO_CONTROLS: Final = bytes(byte for byte in range(256) if byte not in _CONTROLS)
-_BLANK: Final = 0x20
-_UNKNOWN: Final = -1
-_ORDINARY: Final = 0
-_SPECIAL: Final = 1
-_NO_NAME: Final = 2
-_MAX_KNOWN: Final = 1024
-_MAX_KNOWN_BYTES: Final = 64
-_MAX_SHAPES: Final = 4
-"""For each number of lines; with `_MAX_SHAPE_BYTES` they hold at most 1 MiB."""
-_MAX_SHAPE_BYTES: Final = 1024
 
 HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding", b"upgrade")
@@ -82,104 +68,6 @@ class MalformedError(ValueError):
 
 class TooLargeError(MalformedError):
     """A limit of `wire.limits` is exceeded."""
-
-
-class NormalForm:
-    """Finds what matters in blocks whose lines are all as `serialise` writes them, as most are.
-
-    Names come again and again, and mostly in the same order: a client's heads have one shape, and
-    differ in values. Fields that only pass are not taken apart.
-    """
-
-    __slots__ = ("_kinds", "_shapes", "_special")
-
-    def __init__(self, special: frozenset[bytes]) -> None:
-        """`special` are the names, by their `likeness`, of the fields that are wanted."""
-        self._special = special
-        self._kinds: dict[bytes, int] = {}
-        self._shapes: dict[int, list[_Shape]] = {}
-        """By the number of their lines, the one seen first last."""
-
-    def special_fields(self, block: bytes) -> list[Field] | None:
-        """Give the wanted fields; None for a block that is malformed or not in normal form."""
-        lines = block.split(b"\r\n")
-        count = len(lines) - 1
-        # Of control bytes there are only the line ends.
-        if count > MAX_FIELDS or len(block.translate(None, _NO_CONTROLS)) != 2 * count:
-            return None
-        if lines.pop():
-            return None
-        shapes = self._shapes.get(count)
-        if shapes is not None:
-            for shape in shapes:
-                found = shape.special_fields(lines)
-                if found is not None:
-                    return found
-        return self._learn_shape(lines)
-
-    def _learn_shape(self, lines: list[bytes]) -> list[Field] | None:
-        found: list[Field] = []
-        shape = _Shape()
-        for line in lines:
-            name, _, value = line.partition(b": ")
-            kind = self._kinds.get(name, _UNKNOWN)
-            if kind == _UNKNOWN:
-                kind = self._learn(name)
-            if kind == _NO_NAME or not value or value[0] == _BLANK or value[-1] == _BLANK:
-                return None
-            if kind == _SPECIAL:
-                found.append((name, value))
-            shape.add(name, kind == _SPECIAL)
-        if shape.name_bytes <= _MAX_SHAPE_BYTES:
-            shapes = self._shapes.setdefault(len(lines), [])
-            shapes.insert(0, shape)
-            del shapes[_MAX_SHAPES:]
-        return found
-
-    def _learn(self, name: bytes) -> int:
-        if not is_token(name):
-            return _NO_NAME
-        kind = _SPECIAL if likeness(name) in self._special else _ORDINARY
-        if len(name) <= _MAX_KNOWN_BYTES:
-            if len(self._kinds) >= _MAX_KNOWN:
-                self._kinds.clear()
-            self._kinds[name] = kind
-        return kind
-
-
-class _Shape:
-    """The names of a block's lines, in their order."""
-
-    __slots__ = ("_names", "_starts", "_wanted", "name_bytes")
-
-    def __init__(self) -> None:
-        self.name_bytes = 0
-        self._names: list[bytes] = []
-        self._starts: list[bytes] = []
-        """Each name with the colon and the blank behind it."""
-        self._wanted: list[int] = []
-
-    def add(self, name: bytes, wanted: bool) -> None:
-        """Put a line behind the others."""
-        if wanted:
-            self._wanted.append(len(self._names))
-        self.name_bytes += len(name)
-        self._names.append(name)
-        self._starts.append(name + b": ")
-
-    def special_fields(self, lines: list[bytes]) -> list[Field] | None:
-        """Give the wanted fields of as many lines; None where they have another shape."""
-        for start, line in zip(self._starts, lines):  # noqa: B905 - as many, by the shape's key
-            if not line.startswith(start):
-                return None
-            size = len(start)
-            if len(line) == size or line[size] == _BLANK or line[-1] == _BLANK:
-                return None
-        found: list[Field] = []
-        for number in self._wanted:
-            name = self._names[number]
-            found.append((name, lines[number][len(name) + 2 :]))
-        return found
 
 
 def without(block: bytes, fields: list[Field]) -> bytes:

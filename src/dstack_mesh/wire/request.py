@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import cache
 from typing import Final
 
 from dstack_mesh.errors import BadRequest, HeaderTooLarge, UriTooLong
@@ -13,7 +12,6 @@ from dstack_mesh.wire.fields import (
     TOKEN,
     Field,
     MalformedError,
-    NormalForm,
     TooLargeError,
     likeness,
     list_members,
@@ -30,6 +28,7 @@ from dstack_mesh.wire.framing import (
     request_framing,
 )
 from dstack_mesh.wire.limits import MAX_REQUEST_LINE_BYTES, MAX_REQUEST_TARGET_BYTES
+from dstack_mesh.wire.usual import Usual, UsualHeads
 
 # RFC 9112 section 3: one space between the parts. A fragment is never part of a request target.
 _request_line = re.compile(rb"(" + TOKEN + rb"++) ([!\"$-~]++) HTTP/1\.([01])").fullmatch
@@ -80,7 +79,7 @@ class RequestFields:
         framing: Framing,
         length: int,
         host: bytes | None,
-        options: frozenset[bytes],
+        keeps: tuple[bool, bool],
         upgrade: bytes,
         removed: list[Field],
         request_id: bytes,
@@ -93,7 +92,7 @@ class RequestFields:
         self.length = length
         """The body's bytes where `framing` is LENGTH."""
         self.host = host
-        self._keeps = persists(0, options), persists(1, options)
+        self._keeps = keeps
         self.upgrade = upgrade
         """The protocols asked for, without those the mesh cannot carry; empty for none."""
         self.removed = removed
@@ -178,9 +177,13 @@ def parse_request_fields(
     `authority`, where given, takes the place of `Host`. Raises `BadRequest`, `HeaderTooLarge`.
     """
     try:
-        found = _normal_form(remove).special_fields(block)
-        if found is not None:
-            return _understand(found, block, minor, remove, authority)
+        if authority is None:
+            heads = _usual_heads.get(remove)
+            if heads is None:
+                heads = _usual_heads.setdefault(remove, UsualHeads(remove))
+            usual = heads.read(block)
+            if usual is not None and not (usual.chunked and minor == 0):
+                return _usual(usual, minor)
         fields = parse_fields(block)
         return _understand(fields, serialise(fields), minor, remove, authority)
     except TooLargeError as error:
@@ -239,7 +242,7 @@ def _understand(
         framing=request_framing(declared, length),
         length=length,
         host=host,
-        options=options,
+        keeps=(persists(0, options), persists(1, options)),
         upgrade=upgrade,
         removed=removed,
         request_id=ids[0] if ids else b"",
@@ -247,9 +250,53 @@ def _understand(
     )
 
 
-@cache
-def _normal_form(remove: frozenset[bytes]) -> NormalForm:
-    return NormalForm(_READ | NO_LOOKALIKES | remove)
+_usual_heads: Final[dict[frozenset[bytes], UsualHeads]] = {}
+"""By what is removed: there are two or three such sets."""
+
+
+def _usual(usual: Usual, minor: int) -> RequestFields:
+    """Do as `_understand` does, for what is usual."""
+    host = usual.host
+    if host is None:
+        if minor == 1:
+            raise MalformedError(_NO_HOST)
+    elif host not in _known_hosts:
+        if not _valid_host(host):
+            raise MalformedError(_BAD_HOST)
+        if len(_known_hosts) >= _MAX_KNOWN_HOSTS:
+            _known_hosts.clear()
+        if len(host) <= _MAX_KNOWN_HOST_BYTES:
+            _known_hosts.add(host)
+    forwarded, framing = usual.rest, Framing.NONE
+    if usual.chunked:
+        framing = Framing.CHUNKED
+        forwarded += b"Transfer-Encoding: chunked\r\n"
+    elif usual.length > 0:
+        framing = Framing.LENGTH
+    return RequestFields(
+        forwarded=forwarded,
+        framing=framing,
+        length=max(usual.length, 0),
+        host=host,
+        keeps=_KEEPS_CLOSE if usual.close else _KEEPS_ALIVE if usual.keep_alive else _KEEPS,
+        upgrade=b"",
+        removed=usual.removed,
+        request_id=usual.request_id,
+        nominated=_NONE,
+    )
+
+
+_KEEPS: Final = (False, True)
+"""Whether a client of HTTP/1.0 and 1.1 keeps its connection open, where it does not say."""
+_KEEPS_ALIVE: Final = (True, True)
+_KEEPS_CLOSE: Final = (False, False)
+
+_known_hosts: Final[set[bytes]] = set()
+"""Values of `Host` that were found valid."""
+_MAX_KNOWN_HOSTS: Final = 256
+_MAX_KNOWN_HOST_BYTES: Final = 255
+_NO_HOST: Final = "no Host field"
+_BAD_HOST: Final = "a Host that is not a host and port"
 
 
 _READ: Final = frozenset(
@@ -273,9 +320,9 @@ def _host(values: list[bytes], minor: int) -> bytes | None:
     if len(values) > 1:
         raise MalformedError(f"{len(values)} Host fields; one is accepted")
     if not values and minor == 1:
-        raise MalformedError("no Host field")
+        raise MalformedError(_NO_HOST)
     if values and not _valid_host(values[0]):
-        raise MalformedError("a Host that is not a host and port")
+        raise MalformedError(_BAD_HOST)
     return values[0] if values else None
 
 
