@@ -142,6 +142,7 @@ class Sidecar:
         self._auth = self._make_auth()
         self._draining = False
         self._sockets: dict[str, listen.ListeningSocket] = {}
+        self._bound: dict[str, str] = {}
         self._listeners = Listeners(self.worker.loop)
         self._tasks: list[asyncio.Task[None]] = []
         self.identity.subscribe(self._renewed)
@@ -245,6 +246,7 @@ class Sidecar:
         for name, address in addresses.items():
             if address is not None:
                 self._sockets[name] = listen.bind(address)
+                self._bound[name] = str(listen.bound_address(self._sockets[name]))
         self._serve("outbound", self._outbound, self._proxy)
         if settings.admin.listen is not None:
             self._serve("admin", self._admin, Admin(self._collect, settings.admin.listen))
@@ -266,11 +268,7 @@ class Sidecar:
 
     def bound(self) -> dict[str, str | None]:
         """Give the addresses actually bound, by listener."""
-        names = ("outbound", "inbound", "auth", "admin")
-        return {
-            name: str(listen.bound_address(self._sockets[name])) if name in self._sockets else None
-            for name in names
-        }
+        return {name: self._bound.get(name) for name in ("outbound", "inbound", "auth", "admin")}
 
     def reloadable(self) -> tuple[reload.Part, ...]:
         """Give the parts whose settings may change while running."""
