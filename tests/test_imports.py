@@ -21,7 +21,10 @@ LAYERS = (
     {"relay", "dstack"},
     {"outbound", "inbound"},
     {"ops"},
-    {"app", "lifecycle", "reload"},
+    {"lifecycle", "reload"},
+    {"workers"},
+    {"sidecar"},
+    {"app"},
     {"demo", "check"},
     {"cli", "__main__"},
 )

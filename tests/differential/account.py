@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import h11
 
-from dstack_mesh.app import Sidecar
 from dstack_mesh.relay.exchange import Exchange
 from dstack_mesh.relay.service import Service
+from dstack_mesh.sidecar import Sidecar
 
 
 @dataclass(frozen=True)

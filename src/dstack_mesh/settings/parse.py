@@ -20,6 +20,8 @@ _APP_ID = re.compile(r"[0-9a-f]{40}")
 _MAX_UNIX_PATH = 107  # sockaddr_un.sun_path is 108 bytes, its last one the NUL
 _MAX_HOST = 253  # RFC 1035 2.3.4, without the final dot
 
+_MOST_WORKERS = 64
+
 
 def host(text: str) -> str:
     """Read a host name or an IPv4 address, or an IPv6 address in brackets (RFC 3986 3.2.2)."""
@@ -115,6 +117,14 @@ def count(text: str) -> int:
     if not _DIGITS.fullmatch(text) or int(text) == 0:
         raise ValueError
     return int(text)
+
+
+def workers(text: str) -> int:
+    """Read a number of processes, from 1 to 64."""
+    number = count(text)
+    if number > _MOST_WORKERS:
+        raise ValueError
+    return number
 
 
 def path(text: str) -> str:

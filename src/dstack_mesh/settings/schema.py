@@ -238,6 +238,11 @@ SCHEMA: tuple[Setting, ...] = (
         "The access log: one event for each exchange, for those that failed, or none.",
     ),
     Setting(
+        "workers", ("MESH_WORKERS",),
+        Kind(parse.workers, "a whole number from 1 to 64", number=True), "1",
+        "Worker processes that share the listeners.",
+    ),
+    Setting(
         "drain_timeout", ("MESH_DRAIN_TIMEOUT",), _DURATION, "30s",
         "How long an ending process finishes what is in flight.",
     ),

@@ -108,6 +108,7 @@ class Settings:
     dstack: DstackSettings
     tls: TlsSettings
     log: LogSettings
+    workers: int
     drain_timeout: float
     idle_timeout: float
     head_timeout: float
