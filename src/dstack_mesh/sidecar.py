@@ -74,6 +74,7 @@ class Sidecar:
         self._auth = self._make_auth()
         self._draining = False
         self._sockets: dict[str, listen.ListeningSocket] = {}
+        self._bound: dict[str, str | None] = bound_addresses({})
         self._listeners = Listeners(self.worker.loop)
         self._tasks: list[asyncio.Task[None]] = []
         self.identity.subscribe(self._renewed)
@@ -177,6 +178,7 @@ class Sidecar:
         else:
             self._sockets = dict(self._seat.sockets)
             self._seat.mailbox.serve(self.worker.loop, self.reporter.collect)
+        self._bound = bound_addresses(self._sockets)  # they outlive their sockets while draining
         self._serve("outbound", self._outbound, self._proxy)
         if settings.admin.listen is not None:
             self._serve("admin", self._admin, Admin(self._collect, settings.admin.listen))
@@ -198,7 +200,7 @@ class Sidecar:
 
     def bound(self) -> dict[str, str | None]:
         """Give the addresses actually bound, by listener."""
-        return bound_addresses(self._sockets)
+        return self._bound
 
     def reloadable(self) -> tuple[reload.Part, ...]:
         """Give the parts whose settings may change while running."""
