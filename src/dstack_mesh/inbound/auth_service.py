@@ -198,8 +198,8 @@ class AuthService(Handler[AuthPlan]):
             raise kind(detail)
         try:
             return self._leaves.identify(plan.certificate)
-        except EscapedPemError as error:
-            raise ClientCertUntrusted(f"x-client-cert is not one certificate: {error}") from error
+        except EscapedPemError as wrong:
+            raise ClientCertUntrusted(f"x-client-cert is not one certificate: {wrong}") from wrong
         except ChainRuleBroken as error:
             raise ClientCertUntrusted(f"the client certificate is not trusted: {error}") from error
 
