@@ -16,12 +16,15 @@ SOURCE = ROOT / "src" / PACKAGE
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
-    {"", "model", "errors", "log", "gateway_domain", "listen", "memory"},
+    {"", "model", "errors", "log", "log_limit", "gateway_domain", "listen", "memory"},
     {"wire", "identity", "policy", "settings"},
     {"relay", "dstack"},
     {"outbound", "inbound"},
     {"ops"},
-    {"app", "lifecycle", "reload"},
+    {"lifecycle", "reload"},
+    {"workers"},
+    {"sidecar"},
+    {"app"},
     {"demo", "check"},
     {"cli", "__main__"},
 )

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from dstack_mesh import memory
-from dstack_mesh.app import Sidecar, _main
+from dstack_mesh.app import _main
 from dstack_mesh.memory import Collector, let_go
 from dstack_mesh.model import TcpAddress
 from dstack_mesh.settings.load import load_settings
+from dstack_mesh.sidecar import Sidecar
 from tests.integration.harness import eventually, mesh
 from tests.integration.tls_peers import new_app_id
 

@@ -34,7 +34,6 @@ COMPILED = (
     "dstack_mesh/wire/*.c",
     "dstack_mesh/relay/*.py",
     "dstack_mesh/policy/*.py",
-    "dstack_mesh/dstack/gateway.py",
     "dstack_mesh/identity/peers.py",
     "dstack_mesh/identity/store.py",
     "dstack_mesh/inbound/auth_service.py",

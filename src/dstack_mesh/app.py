@@ -1,67 +1,70 @@
-"""The sidecar: the only place where the parts are wired, started, drained and ended."""
+"""The process, or processes, that `dstack-mesh run` is."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import os
-import ssl
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import uvloop
 
-from dstack_mesh import __version__, lifecycle, listen, memory, reload
-from dstack_mesh.dstack.agent import AgentClient
-from dstack_mesh.dstack.gateway import GatewayDirectory
-from dstack_mesh.identity.source import AgentSource, CredentialSource, FileSource
-from dstack_mesh.identity.store import IdentityStore, Snapshot
-from dstack_mesh.inbound.auth_service import AuthService
-from dstack_mesh.inbound.compiled import compile_inbound
-from dstack_mesh.inbound.listener import TlsListener
-from dstack_mesh.inbound.terminator import InboundOptions, Terminator
+from dstack_mesh import lifecycle, listen, memory, reload
 from dstack_mesh.log import event
-from dstack_mesh.ops.admin import Admin
-from dstack_mesh.ops.metrics import Metrics, Sample
-from dstack_mesh.ops.readiness import Readiness, backends_answer
 from dstack_mesh.ops.systemd import Notifier
-from dstack_mesh.outbound.proxy import OutboundOptions, OutboundProxy
-from dstack_mesh.policy.current import Current
-from dstack_mesh.relay.deadlines import NEVER, Timeouts
-from dstack_mesh.relay.interfaces import Handler
-from dstack_mesh.relay.listeners import Listeners
-from dstack_mesh.relay.pool import Pool
-from dstack_mesh.relay.service import Service
-from dstack_mesh.relay.worker import Worker
 from dstack_mesh.settings.load import Loaded
-from dstack_mesh.settings.tree import Settings, TlsSettings
+from dstack_mesh.sidecar import Sidecar, bind_all, bound_addresses
+from dstack_mesh.workers.seat import Line, Seat
+from dstack_mesh.workers.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
-
-_ADMIN_CONNECTIONS = 256
-_TLS_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 
 def run(loaded: Loaded, ready_file: Path | None) -> int:
     """Run one sidecar until it is told to end; give the process's exit status."""
     lifecycle.allow_many_files()
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_main(loaded, ready_file))
+        if loaded.settings.workers > 1:
+            return _supervise(loaded, ready_file)
+        return _run_loop(loaded, ready_file, None)
     except listen.ListenError as error:
         print(f"dstack-mesh: {error}", file=sys.stderr)  # noqa: T201 - for the person who started it
         return 1
 
 
-async def _main(loaded: Loaded, ready_file: Path | None) -> int:
+def _supervise(loaded: Loaded, ready_file: Path | None) -> int:
+    sockets: dict[str, listen.ListeningSocket] = {}
+    try:
+        bind_all(loaded.settings, sockets)
+        supervisor = Supervisor(
+            loaded.settings,
+            sockets,
+            work=lambda seat: _run_loop(loaded, None, seat),
+            notifier=Notifier.from_environ(os.environ),
+            ready_file=ready_file,
+            bound=bound_addresses(sockets),
+        )
+        return supervisor.run()
+    finally:
+        for sock in sockets.values():
+            sock.close()
+            listen.unlink_if_ours(sock)
+
+
+def _run_loop(loaded: Loaded, ready_file: Path | None, seat: Seat | None) -> int:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_main(loaded, ready_file, seat))
+
+
+async def _main(loaded: Loaded, ready_file: Path | None, seat: Seat | None = None) -> int:
     loop = asyncio.get_running_loop()
-    sidecar = Sidecar(loaded.settings)
-    notifier = Notifier.from_environ(os.environ)
+    sidecar = Sidecar(loaded.settings, seat)
+    notifier = Notifier.from_environ(os.environ) if seat is None else seat.line
     reloader = reload.Reloader(loaded, sidecar.reloadable(), notifier)
     signals = lifecycle.Signals(loop, reloader.ask)
+    if seat is not None:
+        seat.watch_supervisor(loop, lambda: signals.end(0))
     collector = memory.Collector(loop, sidecar.open_connections)
     try:
         await sidecar.start()
@@ -94,7 +97,7 @@ async def _main(loaded: Loaded, ready_file: Path | None) -> int:
 async def _announce(
     sidecar: Sidecar,
     signals: lifecycle.Signals,
-    notifier: Notifier,
+    notifier: Notifier | Line,
     ready_file: Path | None,
     collector: memory.Collector,
 ) -> None:
@@ -109,281 +112,3 @@ async def _announce(
             signals.end(1)
             return
     notifier.ready()
-
-
-class Sidecar:
-    """Every part of one mesh, wired by its settings."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.metrics = Metrics(__version__)
-        self._agent = AgentClient(settings.dstack.agent)
-        self.identity = IdentityStore(
-            _source(settings.tls, self._agent),
-            lifetime=settings.tls.lifetime,
-            min_version=_TLS_VERSIONS[settings.tls.min_version],
-        )
-        self.directory = GatewayDirectory(
-            configured=settings.dstack.gateway_domain,
-            sys_config=Path(settings.dstack.sys_config),
-        )
-        self.policy = Current(*compile_inbound(settings.inbound))
-        self.worker = Worker(asyncio.get_running_loop(), _timeouts(settings))
-        self._pool = Pool(self.worker)
-        self._outbound = self._service("outbound")
-        self._inbound = self._service("inbound")
-        self._admin = Service(self.worker, "admin", max_connections=_ADMIN_CONNECTIONS)
-        self._proxy = self._make_proxy()
-        self._listener = self._make_listener()
-        self._auth = self._make_auth()
-        self._draining = False
-        self._sockets: dict[str, listen.ListeningSocket] = {}
-        self._listeners = Listeners(self.worker.loop)
-        self._tasks: list[asyncio.Task[None]] = []
-        self.identity.subscribe(self._renewed)
-        self._gauges()
-
-    # Wiring.
-
-    def _service(self, direction: str) -> Service:
-        limit = self.settings.max_connections
-        tally = self.metrics.tally(direction)
-        return Service(self.worker, direction, max_connections=limit, tally=tally)
-
-    def _make_proxy(self) -> OutboundProxy:
-        settings = self.settings
-        options = OutboundOptions(
-            default_port=settings.outbound.default_port,
-            expose_agent=settings.outbound.agent,
-            agent=settings.dstack.agent,
-            gateway_connect=settings.dstack.gateway_connect,
-            connect_timeout=settings.outbound.connect_timeout,
-        )
-        count = functools.partial(self.metrics.count_handshake, "outbound")
-        return OutboundProxy(self._pool, self.identity, self.directory, options, count)
-
-    def _make_listener(self) -> TlsListener | None:
-        """Make the embedded terminator; there is none without a backend."""
-        settings = self.settings
-        inbound = settings.inbound
-        backend = inbound.backend
-        if backend is None or inbound.mode != "embedded" or inbound.listen is None:
-            return None
-        options = InboundOptions(
-            backend=backend,
-            policy=self.policy,
-            connect_timeout=settings.outbound.connect_timeout,
-        )
-        terminator = Terminator(self._pool, self.identity, options, self.metrics.count_decision)
-        limit = settings.max_connections
-        count = functools.partial(self.metrics.count_handshake, "inbound")
-        return TlsListener(self._inbound, terminator, self.identity, limit, count)
-
-    def _make_auth(self) -> AuthService | None:
-        """Make what nginx asks in nginx mode; the backend is nginx's own affair there."""
-        inbound = self.settings.inbound
-        if inbound.mode != "nginx":
-            return None
-        return AuthService(self.identity, self.policy, self.metrics.count_decision)
-
-    def _make_admin(self) -> Admin:
-        settings = self.settings
-        is_on = self._listener is not None or self._auth is not None
-        readiness = Readiness(
-            identity=self._identity_state,
-            gateway=self._gateway_state if settings.outbound.listen is not None else None,
-            backend=self._backend_state if is_on else None,
-            draining=lambda: self._draining,
-        )
-        return Admin(readiness, self.metrics.text)
-
-    # Life.
-
-    async def start(self) -> None:
-        """Open the outbound and admin listeners at once; inbound waits for an identity.
-
-        Raises `ListenError`. All sockets are bound here, so that an address in use is told at once.
-        """
-        settings = self.settings
-        addresses = {"outbound": settings.outbound.listen, "admin": settings.admin.listen}
-        if self._listener is not None:
-            addresses["inbound"] = settings.inbound.listen
-        if self._auth is not None:
-            addresses["auth"] = settings.inbound.auth_listen
-        for name, address in addresses.items():
-            if address is not None:
-                self._sockets[name] = listen.bind(address)
-        self._serve("outbound", self._outbound, self._proxy)
-        self._serve("admin", self._admin, self._make_admin())
-        self._tasks = [
-            asyncio.create_task(self.identity.run()),
-            asyncio.create_task(self.directory.run()),
-        ]
-
-    async def wait_open(self) -> None:
-        """Open inbound once there is an identity; return when every listener is open."""
-        await self.identity.wait_loaded()
-        if self._listener is not None:
-            sock = self._sockets["inbound"]
-            self._listeners.serve_tls("inbound", sock, self._inbound, self._listener.take)
-            self._say_listening("inbound")
-        if self._auth is not None:
-            self._serve("auth", self._inbound, self._auth)
-        event(log, logging.INFO, "ready", **self.bound())
-
-    def bound(self) -> dict[str, str | None]:
-        """Give the addresses actually bound, by listener."""
-        names = ("outbound", "inbound", "auth", "admin")
-        return {
-            name: str(listen.bound_address(self._sockets[name])) if name in self._sockets else None
-            for name in names
-        }
-
-    def reloadable(self) -> tuple[reload.Part, ...]:
-        """Give the parts whose settings may change while running."""
-        return (
-            reload.policy_part(self.policy),
-            reload.identity_part(self.identity, lambda tls: _source(tls, self._agent)),
-            reload.log_part(),
-        )
-
-    def status(self) -> str:
-        """Say in one line how it is, for people."""
-        if self._draining:
-            inbound, outbound = len(self._inbound.connections), len(self._outbound.connections)
-            return f"stopping: {inbound} inbound and {outbound} outbound connections left"
-        states = [self._identity_state()]
-        if self.settings.outbound.listen is not None:
-            states.append(self._gateway_state())
-        missing = [reason for ok, reason in states if not ok]
-        return f"not ready: {'; '.join(missing)}" if missing else f"ready: {states[0][1]}"
-
-    async def drain(self) -> None:
-        """Finish what is in flight, at the latest after `drain_timeout`.
-
-        Inbound first: what another app asked of this one may need the outbound side to be answered.
-        """
-        self._draining = True
-        event(log, logging.INFO, "draining", timeout=self.settings.drain_timeout)
-        try:
-            async with asyncio.timeout(self.settings.drain_timeout):
-                self._stop_accepting("inbound")
-                self._stop_accepting("auth")
-                await self._inbound.drain()
-                self._stop_accepting("outbound")
-                await self._outbound.drain()
-        except TimeoutError:
-            event(
-                log,
-                logging.WARNING,
-                "drain_timeout",
-                inbound=len(self._inbound.connections),
-                outbound=len(self._outbound.connections),
-            )
-
-    async def stop(self) -> None:
-        """End everything at once."""
-        self._listeners.abort()
-        if self._listener is not None:
-            self._listener.abort()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for service in (self._outbound, self._inbound, self._admin):
-            service.abort()
-            await service.gone()
-        self._pool.close()
-        self.worker.close()
-        for sock in self._sockets.values():
-            sock.close()
-            listen.unlink_if_ours(sock)
-        await self._agent.aclose()
-        if self._tasks:  # else the start has failed, and the error says all there is to say
-            event(log, logging.INFO, "stopped")
-
-    # What the parts tell each other.
-
-    def _serve(self, name: str, service: Service, handler: Handler[Any]) -> None:
-        if name in self._sockets:
-            self._listeners.serve(name, self._sockets[name], service, handler)
-            self._say_listening(name)
-
-    def _stop_accepting(self, name: str) -> None:
-        self._listeners.stop(name)
-        if name in self._sockets:
-            self._sockets[name].close()  # else who comes now would wait for nothing
-
-    def open_connections(self) -> int:
-        """Count the connections of all listeners, and those to upstreams."""
-        services = (self._outbound, self._inbound, self._admin)
-        return sum(len(one.connections) for one in services) + len(self.worker.upstreams)
-
-    def _say_listening(self, name: str) -> None:
-        address = listen.bound_address(self._sockets[name])
-        event(log, logging.INFO, "listening", listener=name, address=str(address))
-
-    def _renewed(self, snapshot: Snapshot) -> None:
-        """Let connections made under the older identity go as they fall idle."""
-        self._pool.drain()
-
-    def _identity_state(self) -> tuple[bool, str]:
-        try:
-            snapshot = self.identity.require()
-        except Exception as error:
-            return False, str(error)
-        return True, f"app {snapshot.app_id}"
-
-    async def _backend_state(self) -> tuple[bool, str]:
-        backend = self.settings.inbound.backend
-        if backend is None:
-            return True, "nginx mode, and no backend is set: which it is only nginx knows"
-        return await backends_answer([backend, *self.policy.routes.backends])
-
-    def _gateway_state(self) -> tuple[bool, str]:
-        if self.directory.current is None:
-            return False, self.directory.reason or "not known yet"
-        return True, str(self.directory.text)
-
-    def _gauges(self) -> None:
-        def connections() -> Iterable[Sample]:
-            for service in (self._outbound, self._inbound):
-                labels = {"direction": service.direction, "side": "downstream"}
-                yield "", labels, len(service.connections)
-
-        def pool() -> Iterable[Sample]:
-            idle = sum(1 for one in self.worker.upstreams if one.deadline is not NEVER)
-            yield "", {"state": "idle"}, idle
-            yield "", {"state": "active"}, len(self.worker.upstreams) - idle
-
-        def expiry() -> Iterable[Sample]:
-            current = self.identity.current
-            if current is not None:
-                yield "", {}, current.not_after
-
-        def renewals() -> Iterable[Sample]:
-            yield "", {"result": "ok"}, self.identity.fetched
-            yield "", {"result": "failed"}, self.identity.failed
-
-        self.metrics.read(
-            "identity_renewals_total", "counter", "Certificates fetched for ourselves.", renewals
-        )
-        self.metrics.read("connections_open", "gauge", "Open connections.", connections)
-        self.metrics.read("pool_connections", "gauge", "Connections to upstreams.", pool)
-        self.metrics.read(
-            "identity_expiry_timestamp_seconds", "gauge", "When our certificate expires.", expiry
-        )
-
-
-def _source(tls: TlsSettings, agent: AgentClient) -> CredentialSource:
-    if tls.cert_file is not None and tls.key_file is not None and tls.ca_file is not None:
-        return FileSource(Path(tls.cert_file), Path(tls.key_file), Path(tls.ca_file))
-    return AgentSource(agent, tls.lifetime)
-
-
-def _timeouts(settings: Settings) -> Timeouts:
-    return Timeouts(
-        head=settings.head_timeout,
-        idle=settings.idle_timeout,
-        response=settings.outbound.response_timeout or NEVER,
-        connect=settings.outbound.connect_timeout,
-    )

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import h11
 
-from dstack_mesh.app import Sidecar
 from dstack_mesh.relay.exchange import Exchange
 from dstack_mesh.relay.service import Service
+from dstack_mesh.sidecar import Sidecar
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Ledger:
     def __init__(self, sidecar: Sidecar, direction: str) -> None:
         self.service: Service = getattr(sidecar, f"_{direction}")
         self.exchanges: list[Exchange] = []
-        self._record = self.service._record
-        self.service._record = self._note
+        self._record = self.service.on_record
+        self.service.on_record = self._note
 
     def _note(self, direction: str, exchange: Exchange) -> None:
         self.exchanges.append(exchange)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import h11
 
-from dstack_mesh.app import Sidecar
 from dstack_mesh.model import Address, AppId, TcpAddress
 from dstack_mesh.settings.load import load_settings
+from dstack_mesh.sidecar import Sidecar
 from dstack_mesh.sim.backend import Backend
 from dstack_mesh.sim.world import SimApp, World
 

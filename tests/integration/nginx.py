@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from dstack_mesh.app import Sidecar
 from dstack_mesh.inbound.nginx_config import nginx_options, whole_file
 from dstack_mesh.model import TcpAddress
 from dstack_mesh.settings.load import load_settings
+from dstack_mesh.sidecar import Sidecar
 from dstack_mesh.sim.backend import Backend
 from dstack_mesh.sim.certificates import Issued
 from dstack_mesh.sim.ports import common_port

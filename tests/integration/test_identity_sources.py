@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dstack_mesh.app import Sidecar
 from dstack_mesh.identity import store
 from dstack_mesh.model import UnixAddress
+from dstack_mesh.sidecar import Sidecar
 from dstack_mesh.sim.certificates import Issued
 from tests.integration.harness import Client, Mesh, eventually, mesh, problem, readyz, request
 from tests.integration.tls_peers import call_inbound, caller_context, new_app_id

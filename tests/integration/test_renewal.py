@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dstack_mesh.app import Sidecar
 from dstack_mesh.identity import store
 from dstack_mesh.relay.upstream import Upstream
+from dstack_mesh.sidecar import Sidecar
 from dstack_mesh.sim.kms import Kms
 from dstack_mesh.sim.messages import Answer, Request, Response
 from tests.integration.harness import Client, Mesh, eventually, mesh, problem, readyz, request

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dstack_mesh.app import Sidecar
 from dstack_mesh.relay.upstream import Upstream
+from dstack_mesh.sidecar import Sidecar
 from tests.integration.harness import Mesh, eventually, mesh
 from tests.integration.test_renewal import generation
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from dstack_mesh.app import Sidecar
 from dstack_mesh.model import AppId, TcpAddress
+from dstack_mesh.sidecar import Sidecar
 from dstack_mesh.sim import certificates as certs
 from dstack_mesh.sim.certificates import Issued
 from dstack_mesh.sim.impostor import Impostor

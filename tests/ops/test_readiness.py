@@ -2,20 +2,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
 from dstack_mesh.model import Address, TcpAddress, UnixAddress
-from dstack_mesh.ops.readiness import Check, Readiness, backend_answers, backends_answer
+from dstack_mesh.ops.readiness import Ask, ReadinessChecks, backend_answers, backends_answer
+from dstack_mesh.ops.report import Check, Readiness
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
 
-def says(ok: bool, reason: str) -> Check:
+def says(ok: bool, reason: str) -> Ask:
     return lambda: (ok, reason)
 
 
@@ -33,25 +36,23 @@ KNOWN = says(True, "apps.example.org")
 
 def readiness(
     *,
-    identity: Check = VALID,
-    gateway: Check | None = KNOWN,
+    identity: Ask = VALID,
+    gateway: Ask | None = KNOWN,
     backend: Callable[[], Awaitable[tuple[bool, str]]] | None = answers,
     draining: Callable[[], bool] = lambda: False,
-) -> Readiness:
-    return Readiness(identity=identity, gateway=gateway, backend=backend, draining=draining)
+) -> ReadinessChecks:
+    return ReadinessChecks(identity=identity, gateway=gateway, backend=backend, draining=draining)
 
 
 async def test_ready_and_its_json() -> None:
-    assert await readiness().report(False) == (
-        True,
-        {
-            "ready": True,
-            "checks": {
-                "identity": {"ok": True, "reason": "valid"},
-                "gateway": {"ok": True, "reason": "apps.example.org"},
-            },
+    report = await readiness().report(False)
+    assert json.loads(msgspec.json.encode(report)) == {
+        "ready": True,
+        "checks": {
+            "identity": {"ok": True, "reason": "valid"},
+            "gateway": {"ok": True, "reason": "apps.example.org"},
         },
-    )
+    }
 
 
 @pytest.mark.parametrize(
@@ -68,40 +69,45 @@ async def test_ready_and_its_json() -> None:
 )
 @pytest.mark.parametrize("include_backend", [False, True])
 async def test_what_is_missing_is_named(
-    missing: dict[str, Check], reason: dict[str, str], include_backend: bool
+    missing: dict[str, Ask], reason: dict[str, str], include_backend: bool
 ) -> None:
-    ready, report = await readiness(**missing).report(include_backend)  # type: ignore[arg-type]
-    assert (ready, report["ready"]) == (False, False)
-    failed = {name: check["reason"] for name, check in report["checks"].items() if not check["ok"]}
+    report = await readiness(**missing).report(include_backend)  # type: ignore[arg-type]
+    assert not report.ready
+    failed = {name: check.reason for name, check in report.checks.items() if not check.ok}
     assert failed == reason
 
 
 async def test_the_backend_counts_only_where_it_is_asked_for() -> None:
     checks = readiness(backend=refuses)
-    ready, report = await checks.report(False)
-    assert ready
-    assert "backend" not in report["checks"]
-    ready, report = await checks.report(True)
-    assert not ready
-    assert report["checks"]["backend"] == {"ok": False, "reason": "backend:8080 does not answer"}
-    ready, report = await readiness().report(True)
-    assert ready
-    assert report["checks"]["backend"] == {"ok": True, "reason": "backend:8080 answers"}
+    report = await checks.report(False)
+    assert report.ready
+    assert "backend" not in report.checks
+    report = await checks.report(True)
+    assert not report.ready
+    assert report.checks["backend"] == Check(False, "backend:8080 does not answer")
+    report = await readiness().report(True)
+    assert report.ready
+    assert report.checks["backend"] == Check(True, "backend:8080 answers")
 
 
 async def test_what_is_off_is_not_missed() -> None:
-    ready, report = await readiness(gateway=None, backend=None).report(True)
-    assert ready
-    assert report["checks"]["gateway"] == {"ok": True, "reason": "outbound is off"}
-    assert report["checks"]["backend"] == {"ok": True, "reason": "inbound is off"}
+    report = await readiness(gateway=None, backend=None).report(True)
+    assert report == Readiness(
+        True,
+        {
+            "identity": Check(True, "valid"),
+            "gateway": Check(True, "outbound is off"),
+            "backend": Check(True, "inbound is off"),
+        },
+    )
 
 
 async def test_the_checks_are_asked_anew() -> None:
     state = {"ok": False}
     checks = readiness(identity=lambda: (state["ok"], "now"))
-    assert not (await checks.report(False))[0]
+    assert not (await checks.report(False)).ready
     state["ok"] = True
-    assert (await checks.report(False))[0]
+    assert (await checks.report(False)).ready
 
 
 # The backend's port

@@ -6,10 +6,13 @@ from collections.abc import AsyncIterator
 import pytest
 from tests.relay.fakes import rig
 
+from dstack_mesh.errors import BadRequest
 from dstack_mesh.relay import service as module
 from dstack_mesh.relay.deadlines import NEVER, Timeouts
-from dstack_mesh.relay.service import Service
+from dstack_mesh.relay.service import Recorder, Service
+from dstack_mesh.relay.tally import Tally
 from dstack_mesh.relay.worker import Worker
+from dstack_mesh.wire.request import parse_request_line
 
 
 class FakeConnection:
@@ -143,20 +146,89 @@ async def test_who_has_waited_longest_gives_way(
     }
 
 
-async def test_an_exchange_is_recorded_with_its_direction() -> None:
-    records: list[tuple[str, object]] = []
+class FakeExchange:
+    """An exchange that has ended, to an upstream whose lane may count for itself."""
+
+    def __init__(self, status: int = 200, code: str = "", tally: Tally | None = None) -> None:
+        self.line = parse_request_line(b"GET / HTTP/1.1")
+        self.status, self.code = status, code
+        self.bytes_up, self.bytes_down = 1, 2
+        self.started, self.finished = 10.0, 10.5
+        self.lane = None if tally is None else FakeLane(tally)
+
+
+class FakeLane:
+    def __init__(self, tally: Tally) -> None:
+        self.tally = tally
+
+
+@pytest.fixture
+async def worker() -> AsyncIterator[Worker]:
     worker = Worker(asyncio.get_running_loop(), Timeouts())
+    yield worker
+    worker.close()
+
+
+def told(where: list[tuple[str, object]]) -> Recorder:
+    return lambda direction, exchange: where.append((direction, exchange))
+
+
+async def test_an_exchange_is_recorded_with_its_direction(worker: Worker) -> None:
+    records: list[tuple[str, object]] = []
+    service = Service(worker, "inbound", max_connections=1, record=told(records))
+    exchange = FakeExchange()
+    service.record(exchange)  # type: ignore[arg-type]
+    assert records == [("inbound", exchange)]
+    Service(worker, "inbound", max_connections=1).record(exchange)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "has_failed"),
+    [
+        (200, "", False),
+        (101, "", False),
+        (404, "", False),
+        (500, "", True),
+        (0, "", True),
+        (403, "policy_denied", True),
+        (200, "upstream_closed", True),
+    ],
+)
+async def test_what_failed_is_told_apart(
+    worker: Worker, status: int, code: str, has_failed: bool
+) -> None:
+    failures: list[tuple[str, object]] = []
+    service = Service(worker, "inbound", max_connections=1, failed=told(failures))
+    service.record(FakeExchange(status, code))  # type: ignore[arg-type]
+    assert bool(failures) is has_failed
+
+
+async def test_an_exchange_is_counted_once_where_its_lane_says(worker: Worker) -> None:
+    own, agent = Tally("outbound"), Tally("agent")
+    records: list[tuple[str, object]] = []
+    service = Service(worker, "outbound", max_connections=1, tally=own, record=told(records))
+    exchange = FakeExchange(tally=agent)
+    service.record(exchange)  # type: ignore[arg-type]
+    assert (own.requests, agent.requests) == ({}, {(b"GET", 2, ""): 1})
+    assert records == [("agent", exchange)]
+    service.record(FakeExchange())  # type: ignore[arg-type]
+    assert own.requests == {(b"GET", 2, ""): 1}
+    assert (own.bytes_up, own.bytes_down, own.seconds) == (1, 2, 0.5)
+
+
+async def test_a_refused_head_is_counted_and_told(worker: Worker) -> None:
+    tally = Tally("inbound")
+    refusals: list[tuple[str, str, str]] = []
     service = Service(
         worker,
-        "agent",
+        "inbound",
         max_connections=1,
-        record=lambda direction, exchange: records.append((direction, exchange)),
+        tally=tally,
+        refused=lambda direction, error, named: refusals.append((direction, error.code, named)),
     )
-    exchange = object()
-    service.record(exchange)  # type: ignore[arg-type]
-    assert records == [("agent", exchange)]
-    Service(worker, "agent", max_connections=1).record(exchange)  # type: ignore[arg-type]
-    worker.close()
+    service.refused(BadRequest("no"), "r-1")
+    assert tally.requests == {(b"other", 4, "bad_request"): 1}
+    assert refusals == [("inbound", "bad_request", "r-1")]
 
 
 async def test_real_connections_come_and_go() -> None:

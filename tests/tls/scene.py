@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from dstack_mesh.app import Sidecar
 from dstack_mesh.model import AppId, TcpAddress
+from dstack_mesh.sidecar import Sidecar
 from dstack_mesh.sim.kms import Kms
 from tests.integration.harness import Answer, Mesh, eventually, mesh, request
 from tests.integration.tls_peers import call_inbound, caller_context

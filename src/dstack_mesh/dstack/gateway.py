@@ -169,7 +169,8 @@ class GatewayDirectory:
     ) -> None:
         self.current = configured
         self.reason = None if configured else "no gateway has been asked yet"
-        self._configured = configured is not None
+        self.is_configured = configured is not None
+        """Whether the gateway was set by hand, so that nobody is asked."""
         self._sys_config = sys_config
         self._ask = ask
         self._clock = clock
@@ -202,7 +203,7 @@ class GatewayDirectory:
 
     async def run(self) -> None:
         """Look the gateway up until cancelled; return at once where it is set by hand."""
-        if self._configured:
+        if self.is_configured:
             return
         retry = FIRST_RETRY
         while True:

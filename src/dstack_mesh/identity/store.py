@@ -91,6 +91,16 @@ class IdentityStore:
         """The snapshot in use, None while there is none yet. It may have expired: see `require`."""
         return self._current
 
+    @property
+    def source(self) -> str:
+        """Where our certificates come from, for a reader."""
+        return self._source.description
+
+    @property
+    def loaded_at(self) -> float:
+        """When `current` was published, in seconds since 1970."""
+        return self._loaded_at
+
     def require(self) -> Snapshot:
         """Return a snapshot that has not expired; raises `IdentityUnavailable` with the reason."""
         snapshot = self._current
@@ -158,8 +168,8 @@ class IdentityStore:
         source = self._source
         try:
             snapshot = await self.prepare(source)
-        except SourceError as exc:
-            return exc.detail
+        except SourceError as failure:
+            return failure.detail
         except Exception as exc:  # whatever went wrong, the last good one serves and we ask again
             return f"{type(exc).__name__}: {exc}"
         if source is self._source:  # else another took its place meanwhile

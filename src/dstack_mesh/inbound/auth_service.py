@@ -13,7 +13,7 @@ import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dstack_mesh.errors import (
     BadRequest,
@@ -34,6 +34,7 @@ from dstack_mesh.policy.rule import UNKNOWN
 from dstack_mesh.relay.answers import Answer, problem
 from dstack_mesh.relay.interfaces import Handler, Plan
 from dstack_mesh.relay.lane import Route
+from dstack_mesh.relay.tally import PeerTallies
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
 
 _CERTIFICATE, _VERDICT, _METHOD, _TARGET = (
@@ -76,6 +77,14 @@ class AuthPlan(Plan):
         self.method = _one(said[_METHOD])
         self.target = _one(said[_TARGET])
         """Method and target of the request that nginx asks about; empty where it did not say."""
+
+
+class Asked(NamedTuple):
+    """What nginx's question was about; each empty where that is not known."""
+
+    app_id: str
+    method: bytes
+    target: bytes
 
 
 def _one(values: set[bytes]) -> bytes:
@@ -145,6 +154,8 @@ class AuthService(Handler[AuthPlan]):
         self._denials = DenialLog()
         self._count_decision = count_decision
         self._leaves = leaves or KnownLeaves()
+        self.peers = PeerTallies()
+        """By the caller's app-id."""
 
     # What a connection calls: see `downstream.Handler`.
 
@@ -164,6 +175,7 @@ class AuthService(Handler[AuthPlan]):
             if path == b"/health":
                 return Answer(200, b"OK\n", _TEXT)
             peer = self._caller(plan)
+            self.peers.get(peer.app_id).requests += 1
             self._authorise(peer, plan)
         except MeshError as error:
             return _refused(error, plan.fields.request_id[:_SHOWN].decode("latin-1"))
@@ -171,14 +183,23 @@ class AuthService(Handler[AuthPlan]):
             200, b"", _TEXT, fields=b"x-dstack-app-id: %b\r\n" % peer.app_id.encode("ascii")
         )
 
+    def asked(self, fields: RequestFields) -> Asked:
+        """Tell for the log what nginx's question was about."""
+        plan = AuthPlan(fields)
+        try:
+            app_id = str(self._caller(plan).app_id)
+        except MeshError:
+            app_id = ""
+        return Asked(app_id, plan.method, plan.target)
+
     def _caller(self, plan: AuthPlan) -> PeerIdentity:
         if plan.refusal is not None:
             kind, detail = plan.refusal
             raise kind(detail)
         try:
             return self._leaves.identify(plan.certificate)
-        except EscapedPemError as error:
-            raise ClientCertUntrusted(f"x-client-cert is not one certificate: {error}") from error
+        except EscapedPemError as wrong:
+            raise ClientCertUntrusted(f"x-client-cert is not one certificate: {wrong}") from wrong
         except ChainRuleBroken as error:
             raise ClientCertUntrusted(f"the client certificate is not trusted: {error}") from error
 

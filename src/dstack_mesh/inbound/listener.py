@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dstack_mesh.identity.store import IdentityStore, Snapshot
 from dstack_mesh.identity.tls import describe_tls_failure
 from dstack_mesh.inbound.terminator import Terminator
-from dstack_mesh.log import event
 from dstack_mesh.relay.service import Service
 from dstack_mesh.relay.tls import TlsTransport
 
@@ -34,11 +33,16 @@ class TlsListener:
         identity: IdentityStore,
         max_connections: int,
         count_handshake: Callable[[str], None] = lambda result: None,
+        handshake_failed: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """`count_handshake` is called with `ok` or `failed` for each TLS handshake."""
+        """`count_handshake` is called with `ok` or `failed` for each TLS handshake.
+
+        `handshake_failed` is told why one failed.
+        """
+        self._handshake_failed = handshake_failed
         self._count_handshake = count_handshake
         self._service = service
-        self._terminator = terminator
+        self.terminator = terminator
         self._identity = identity
         self._max_connections = max_connections
         self._max_handshakes = min(MAX_HANDSHAKES, max_connections)
@@ -73,7 +77,7 @@ class TlsListener:
         if connections + handshakes >= self._max_connections and self._service.give_way():
             connections -= 1
         if connections >= self._max_connections:
-            self._service.refused()
+            self._service.turned_away()
             return False
         most = min(self._max_handshakes, self._max_connections - connections)
         if handshakes >= most:
@@ -86,7 +90,7 @@ class TlsListener:
         worker = self._service.worker
         transport = TlsTransport(
             worker,
-            self._service.protocol(self._terminator.handler(snapshot)),
+            self._service.protocol(self.terminator.handler(snapshot)),
             lambda incoming, outgoing: snapshot.server_context.wrap_bio(incoming, outgoing, True),
             lambda error: self._settled(transport, error),
             server_side=True,
@@ -115,6 +119,4 @@ class TlsListener:
         del self._handshakes[transport]
         self._count_handshake("ok" if error is None else "failed")
         if error is not None:
-            event(
-                log, logging.DEBUG, "inbound_handshake_failed", reason=describe_tls_failure(error)
-            )
+            self._handshake_failed(describe_tls_failure(error))

@@ -27,6 +27,7 @@ from dstack_mesh.relay.dial import PlainConnector, authority
 from dstack_mesh.relay.interfaces import Handler, Plan
 from dstack_mesh.relay.lane import Lane, Route
 from dstack_mesh.relay.pool import Pool
+from dstack_mesh.relay.tally import PeerTallies, PeerTally
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
 from dstack_mesh.wire.translate import ResponseRules
 
@@ -78,6 +79,8 @@ class Terminator:
     ) -> None:
         """`count_decision` is called with each decision of policy: `allow`, `deny` or `audit`."""
         self.count_decision = count_decision
+        self.peers = PeerTallies()
+        """By the caller's app-id."""
         self.identity = identity
         self.current = options.policy
         self.denials = DenialLog()
@@ -133,6 +136,7 @@ class Caller(Handler[InboundPlan]):
         "_welcome",
         "_welcome_line",
         "rule",
+        "tally",
     )
 
     def __init__(self, shared: Terminator, snapshot: Snapshot) -> None:
@@ -149,6 +153,8 @@ class Caller(Handler[InboundPlan]):
         self._not_after = 0.0
         self.rule = ""
         """The rule that let the last request through or denied it, for logs; empty for none."""
+        self.tally: PeerTally | None = None
+        """Where the caller's requests are counted; None while there is none that is valid."""
 
     def connected(self, transport: asyncio.Transport) -> None:
         """See `Handler`."""
@@ -162,6 +168,7 @@ class Caller(Handler[InboundPlan]):
         if self._peer is None:
             self._refusal = ClientCertRequired, _NOBODY
             return
+        self.tally = self._shared.peers.get(self._peer.app_id)
         peer_address = transport.get_extra_info("peername")
         host = str(peer_address[0]) if peer_address else "127.0.0.1"
         address = host.removeprefix("::ffff:").encode("ascii")
@@ -170,6 +177,11 @@ class Caller(Handler[InboundPlan]):
             b"x-forwarded-proto: https\r\nx-real-ip: %b\r\nx-dstack-app-id: %b\r\n"
             % (address, self._peer.app_id.encode("ascii")),
         )
+
+    @property
+    def app_id(self) -> str:
+        """The caller's verified app-id; empty where it showed none that is valid."""
+        return self._peer.app_id if self._peer is not None else ""
 
     def may_persist(self) -> bool:
         """See `Handler`: an older identity's connections end with their next response."""
@@ -185,6 +197,9 @@ class Caller(Handler[InboundPlan]):
         """See `Handler`."""
         if line.target.partition(b"?")[0] == b"/health" and line.method in (b"GET", b"HEAD"):
             return Answer(200, b"OK\n", "text/plain; charset=utf-8")
+        tally = self.tally
+        if tally is not None:
+            tally.requests += 1
         shared = self._shared
         current = shared.current
         welcome = current.policy is self._welcome and (

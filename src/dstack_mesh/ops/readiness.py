@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
-from typing import TypedDict
 
 from dstack_mesh.model import Address, UnixAddress
+from dstack_mesh.ops.report import Check, Readiness
 
-Check = Callable[[], tuple[bool, str]]
+Ask = Callable[[], tuple[bool, str]]
 """Gives (ok, reason); the reason is for the reader in either case, and names no secret."""
 
 
-class CheckReport(TypedDict):
-    """One check's line in the report."""
-
-    ok: bool
-    reason: str
-
-
-class Report(TypedDict):
-    """What `/readyz` answers, as JSON."""
-
-    ready: bool
-    checks: dict[str, CheckReport]
-
-
-class Readiness:
+class ReadinessChecks:
     """The checks that decide over `/readyz`, asked anew for each report.
 
     `gateway` is None where outbound is off and `backend` is None where inbound is off: neither is
@@ -36,8 +22,8 @@ class Readiness:
     def __init__(
         self,
         *,
-        identity: Check,
-        gateway: Check | None,
+        identity: Ask,
+        gateway: Ask | None,
         backend: Callable[[], Awaitable[tuple[bool, str]]] | None,
         draining: Callable[[], bool],
     ) -> None:
@@ -46,8 +32,8 @@ class Readiness:
         self._backend = backend
         self._draining = draining
 
-    async def report(self, include_backend: bool) -> tuple[bool, Report]:
-        """Give (ready, the report); `include_backend` is what `/readyz/inbound` adds.
+    async def report(self, include_backend: bool) -> Readiness:
+        """Ask all of them; `include_backend` is what `/readyz/inbound` adds.
 
         The backend is left out of `/readyz`, so that it may wait for the mesh without a deadlock.
         """
@@ -61,9 +47,8 @@ class Readiness:
             )
         if self._draining():
             results["draining"] = (False, "the mesh is stopping")
-        checks = {name: CheckReport(ok=ok, reason=reason) for name, (ok, reason) in results.items()}
-        ready = all(check["ok"] for check in checks.values())
-        return ready, Report(ready=ready, checks=checks)
+        checks = {name: Check(ok, reason) for name, (ok, reason) in results.items()}
+        return Readiness(all(check.ok for check in checks.values()), checks)
 
 
 async def backend_answers(

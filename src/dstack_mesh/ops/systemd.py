@@ -92,6 +92,15 @@ class Notifier:
         """Say that the end has begun."""
         self._send("STOPPING=1", *self._new_status())
 
+    @property
+    def watchdog(self) -> float | None:
+        """Seconds without `beat` after which systemd takes us for dead; None: it does not look."""
+        return self._watchdog
+
+    def beat(self) -> None:
+        """Say that we are alive, where `start` does not: where there is no event loop."""
+        self._send("WATCHDOG=1")
+
     def close(self) -> None:
         """Say nothing any more."""
         if self._timer is not None:

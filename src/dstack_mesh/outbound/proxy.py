@@ -19,6 +19,7 @@ from dstack_mesh.relay.dial import PlainConnector, authority
 from dstack_mesh.relay.interfaces import Handler, Plan
 from dstack_mesh.relay.lane import Lane, Route
 from dstack_mesh.relay.pool import Pool
+from dstack_mesh.relay.tally import PeerTallies, PeerTally, Tally
 from dstack_mesh.relay.tls_client import open_tls
 from dstack_mesh.wire.fields import Field
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
@@ -53,10 +54,11 @@ class OutboundPlan(Plan):
 class Destination:
     """What certain values of the target headers lead to."""
 
-    __slots__ = ("gateway", "host", "lane", "target")
+    __slots__ = ("gateway", "host", "lane", "peer", "target")
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, peer: PeerTally) -> None:
         self.target = target
+        self.peer = peer
         self.host = b"%b-%ds" % (target.app_id.encode("ascii"), target.port)
         """`Host` for a request that came without."""
         self.gateway: Gateway | None = None
@@ -78,8 +80,12 @@ class OutboundProxy(Handler[OutboundPlan]):
         directory: GatewayDirectory,
         options: OutboundOptions,
         count_handshake: Callable[[str], None] = lambda result: None,
+        agent_tally: Tally | None = None,
         open_tls: OpenTls = open_tls,
     ) -> None:
+        """`count_handshake`: see `MeshConnector`. `agent_tally` counts calls of the guest agent."""
+        self.peers = PeerTallies()
+        """By `{app-id}:{port}`, or `{app-id}:{port}/{instance-id}`."""
         self._pool = pool
         self._identity = identity
         self._directory = directory
@@ -94,6 +100,7 @@ class OutboundProxy(Handler[OutboundPlan]):
             lambda: PlainConnector(
                 options.agent, options.connect_timeout, "the guest agent", AgentUnavailable
             ),
+            agent_tally,
         )
 
     # What a connection calls: see `downstream.Handler`.
@@ -122,10 +129,11 @@ class OutboundProxy(Handler[OutboundPlan]):
             if destination is None:
                 # Only look-alikes (`x_dstack_target_app`): taken out, and no reason to route.
                 return self._own(line) or self._to_agent(line, plan.fields)
+        destination.peer.requests += 1
         self._identity.require()
-        gateway = self._directory.require()
+        gateway = self._directory.current or self._directory.require()
         if destination.gateway is not gateway or destination.lane.retired:
-            destination.lead_to(gateway, self._lane(destination.target, gateway))
+            destination.lead_to(gateway, self._lane(destination, gateway))
         if last is not None and last.lane is destination.lane:
             return last
         head = _head(line, line.target, plan.fields, destination.host)
@@ -141,8 +149,12 @@ class OutboundProxy(Handler[OutboundPlan]):
             return None
         if len(self._destinations) >= _MAX_DESTINATIONS:
             self._destinations.clear()
-        destination = self._destinations[said] = Destination(target)
+        destination = self._destinations[said] = Destination(target, self._peer(target))
         return destination
+
+    def _peer(self, target: Target) -> PeerTally:
+        instance = f"/{target.instance_id}" if target.instance_id else ""
+        return self.peers.get(f"{target.app_id}:{target.port}{instance}")
 
     def _own(self, line: RequestLine) -> Answer | None:
         path = line.target.partition(b"?")[0]
@@ -165,8 +177,8 @@ class OutboundProxy(Handler[OutboundPlan]):
         head = _head(line, call + question + query, fields, authority(self._options.agent))
         return Route(self._agent_lane, head, self._agent_rules, _REMOVE)
 
-    def _lane(self, target: Target, gateway: Gateway) -> Lane:
-        where = endpoint(target, gateway, self._options.gateway_connect)
+    def _lane(self, destination: Destination, gateway: Gateway) -> Lane:
+        where = endpoint(destination.target, gateway, self._options.gateway_connect)
         return self._pool.lane(
             where,
             lambda: MeshConnector(
@@ -177,6 +189,7 @@ class OutboundProxy(Handler[OutboundPlan]):
                 self._count_handshake,
                 self._open_tls,
             ),
+            peer=destination.peer,
         )
 
 

@@ -23,7 +23,7 @@ _request_id = re.compile(
 class Answer:
     """A whole response with a body in memory."""
 
-    __slots__ = ("body", "code", "fields", "status")
+    __slots__ = ("body", "code", "detail", "fields", "request_id", "status")
 
     def __init__(
         self, status: int, body: bytes, content_type: str, *, fields: bytes = b"", code: str = ""
@@ -33,6 +33,9 @@ class Answer:
         self.fields = b"Content-Type: %b\r\n%b" % (content_type.encode("ascii"), fields)
         self.code = code
         """The mesh's error code, or empty."""
+        self.detail = ""
+        self.request_id = ""
+        """What the problem's reader is told, for logs too; empty where this is no problem."""
 
     def render(self, method: bytes, connection: bytes) -> bytes:
         """Give the response's bytes; `connection` is its `Connection` field line, or empty."""
@@ -53,32 +56,35 @@ def json_answer(status: int, value: object) -> Answer:
 
 def problem(error: MeshError, request_id: str) -> Answer:
     """Make the problem details answer for `error` (RFC 9457); an empty id is made up."""
+    request_id = request_id or secrets.token_hex(16)
     body = {
         "type": "about:blank",
         "status": error.status,
         "title": error.title,
         "detail": error.detail,
         "code": error.code,
-        "request_id": request_id or secrets.token_hex(16),
+        "request_id": request_id,
     }
     fields = b"x-dstack-mesh-error: %b\r\n" % error.code.encode("ascii")
     if error.retry_after is not None:
         fields += b"Retry-After: %d\r\n" % error.retry_after
-    return Answer(
+    answer = Answer(
         error.status,
         msgspec.json.encode(body) + b"\n",
         "application/problem+json",
         fields=fields,
         code=error.code,
     )
+    answer.detail, answer.request_id = error.detail, request_id
+    return answer
 
 
 async def settled(answer: Coroutine[None, None, Answer], request_id: str) -> Answer | None:
     """Give what `answer` gives, or the answer to its error; None for a fault, which is logged."""
     try:
         return await answer
-    except MeshError as error:
-        return problem(error, request_id)
+    except MeshError as refusal:
+        return problem(refusal, request_id)
     except Exception as error:
         event(log, logging.ERROR, "answer_fault", error=repr(error))
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import secrets
 import socket
 import struct
 from typing import Any, Final, Generic
@@ -273,6 +274,10 @@ class Downstream(Client, Generic[P]):
             if self._exchange is None and self.writable:
                 self.resume_reading()
 
+    def handler(self) -> object:
+        """See `Client`."""
+        return self._handler
+
     # What the exchange calls: see `exchange.Client`.
 
     def write(self, data: bytes) -> None:
@@ -346,7 +351,9 @@ class Downstream(Client, Generic[P]):
 
     def _refuse(self, error: MeshError, request_id: bytes = b"") -> None:
         """Answer what could not be understood as a request, and close."""
-        answer = problem(error, request_id.decode("latin-1"))
+        named = request_id.decode("latin-1") or secrets.token_hex(16)
+        self._listener.refused(error, named)
+        answer = problem(error, named)
         self.write(answer.render(b"", b"Connection: close\r\n"))
         self._linger()
 

@@ -15,13 +15,14 @@ from dstack_mesh.errors import (
     ConnectTimeout,
     MeshError,
     ResponseTimeout,
+    UpstreamClosed,
     UpstreamProtocolError,
 )
 from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.answers import Answer, problem, settled
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.interfaces import Client
-from dstack_mesh.relay.lane import Route
+from dstack_mesh.relay.lane import Lane, Route
 from dstack_mesh.relay.upstream import ResponseSink, Upstream
 from dstack_mesh.wire.fields import MalformedError
 from dstack_mesh.wire.request import RequestFields, RequestLine
@@ -45,11 +46,17 @@ class Exchange(ResponseSink):
         "bytes_down",
         "bytes_up",
         "code",
+        "detail",
         "fields",
         "finished",
+        "first_byte",
+        "lane",
         "line",
         "peer",
+        "reached",
         "request_done",
+        "request_id",
+        "reused",
         "started",
         "status",
         "upstream",
@@ -69,6 +76,15 @@ class Exchange(ResponseSink):
         self.status = 0
         self.code = ""
         """The mesh's own error code, or empty."""
+        self.detail = self.request_id = ""
+        """What the error's reader was told; both are empty where there was no error."""
+        self.reached = self.first_byte = 0.0
+        """In the worker's time, else 0: when the connection that was waited for was there, and
+        when the response began where that was not its end too."""
+        self.reused: bool | None = None
+        """Whether the connection had been used before; None for none."""
+        self.lane: Lane | None = None
+        """Where it went; None where the mesh itself answered."""
         self.peer: PeerIdentity | None = None
         self.bytes_up = 0
         self.bytes_down = 0
@@ -80,11 +96,17 @@ class Exchange(ResponseSink):
         self._waiting = False
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def handler(self) -> object:
+        """What decided over it."""
+        return self._client.handler()
+
     # The request's way up.
 
     def start(self, route: Route, rest: bytes) -> None:
         """Send the request on its way; `rest` is what was read of its body, where it has one."""
         self._route = route
+        self.lane = route.lane
         if not self.request_done:
             self._body = RequestBody(self.fields, route.remove_trailers)
             self._early = rest
@@ -115,7 +137,8 @@ class Exchange(ResponseSink):
     def connected(self, upstream: Upstream) -> None:
         """See `Waiter`."""
         self._waiting = False
-        self._attach(upstream, self.worker.clock())
+        self.reached = self.worker.clock()
+        self._attach(upstream, self.reached)
 
     def not_connected(self, error: MeshError) -> None:
         """See `Waiter`."""
@@ -127,6 +150,7 @@ class Exchange(ResponseSink):
         line = self.line
         self.upstream = upstream
         self.peer = upstream.peer
+        self.reused = upstream.reused
         upstream.exchange = self
         self._response = Response(line.method, line.minor, self.fields.upgrade, self._route.rules)
         if self.request_done:
@@ -195,7 +219,9 @@ class Exchange(ResponseSink):
         """Stop waiting for the response, or wait anew behind an interim one."""
         self._client.deadline = NEVER
         self.status = response.status
-        if self.status == 0 and self.request_done:
+        if self.status:
+            self.first_byte = 0.0 if response.done else self.worker.clock()
+        elif self.request_done:
             self._request_ended()
 
     def _may_persist(self) -> bool:
@@ -225,8 +251,7 @@ class Exchange(ResponseSink):
         if response.status:
             tail = response.end(upstream.clean_end and exc is None)
             if tail is None:
-                self.code = "upstream_closed"
-                self._cut()
+                self.fail(UpstreamClosed("the connection ended in the middle of the response"))
                 return
             self._client.write(tail)
             self._finish(response)
@@ -258,8 +283,8 @@ class Exchange(ResponseSink):
                 self.request_done = True
                 if beyond:
                     self._client.keep_for_later(beyond)
-        self.status = answer.status
-        self.code = answer.code
+        self.status, self.code = answer.status, answer.code
+        self.detail, self.request_id = answer.detail, answer.request_id
         keep = self._may_persist()
         if not keep:
             connection = b"Connection: close\r\n"
@@ -289,7 +314,7 @@ class Exchange(ResponseSink):
     def fail(self, error: MeshError) -> None:
         """Answer with `error`, or cut the connection where an answer is no longer possible."""
         if self.status:
-            self.code = error.code
+            self.code, self.detail = error.code, error.detail
             self._cut()
             return
         self._drop_upstream()

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from dstack_mesh.errors import MeshError
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.lane import Route
@@ -72,6 +73,10 @@ class Client(StreamProtocol):
         self.worker = worker
         self.deadline = NEVER
         self.writable = True
+
+    def handler(self) -> object:
+        """Give what decides over the connection's requests."""
+        raise NotImplementedError
 
     def write(self, data: bytes) -> None:
         """Send to the client."""
@@ -137,4 +142,8 @@ class Listener:
 
     def record(self, exchange: Exchange) -> None:
         """Record an exchange that has ended."""
+        raise NotImplementedError
+
+    def refused(self, error: MeshError, request_id: str) -> None:
+        """Record a head that was answered with `error` before it became an exchange."""
         raise NotImplementedError

@@ -14,6 +14,7 @@ from typing import Final
 from dstack_mesh.errors import ConnectFailed, MeshError
 from dstack_mesh.log import event
 from dstack_mesh.relay.deadlines import NEVER
+from dstack_mesh.relay.tally import PeerTally, Tally
 from dstack_mesh.relay.upstream import Connector, Upstream, Waiter
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.wire.translate import ResponseRules
@@ -46,13 +47,25 @@ class Lane:
         "connector",
         "idle",
         "open",
+        "peer",
         "retired",
+        "tally",
         "worker",
     )
 
-    def __init__(self, worker: Worker, connector: Connector) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        connector: Connector,
+        tally: Tally | None = None,
+        peer: PeerTally | None = None,
+    ) -> None:
         self.worker = worker
         self.connector = connector
+        self.tally = tally
+        """Where exchanges that go this way are counted; None: where their listener's are."""
+        self.peer = peer
+        """Where those that go to this peer are counted; None where it is no app."""
         self.idle: list[Upstream] = []
         """The one used last at the end."""
         self.open = 0
@@ -178,8 +191,8 @@ class Lane:
             upstream = await self.connector.connect(self)
             if upstream.gone:
                 failure = self.connector.lost(upstream.failure)
-        except MeshError as error:
-            failure = error
+        except MeshError as refusal:
+            failure = refusal
         except Exception as error:
             event(log, logging.ERROR, "connect_fault", error=repr(error))
             failure = ConnectFailed("the connection could not be opened; see the log")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 
 from dstack_mesh.relay.lane import Lane
+from dstack_mesh.relay.tally import PeerTally, Tally
 from dstack_mesh.relay.upstream import Connector
 from dstack_mesh.relay.worker import Worker
 
@@ -19,13 +20,22 @@ class Pool:
         self._worker = worker
         self._lanes: dict[Hashable, Lane] = {}
 
-    def lane(self, key: Hashable, make: Callable[[], Connector]) -> Lane:
-        """Give the connections to `key`; `make` makes the connector of a new destination."""
+    def lane(
+        self,
+        key: Hashable,
+        make: Callable[[], Connector],
+        tally: Tally | None = None,
+        peer: PeerTally | None = None,
+    ) -> Lane:
+        """Give the connections to `key`; `make` makes the connector of a new destination.
+
+        `tally` and `peer` are for a new one too: see `Lane`.
+        """
         lane = self._lanes.get(key)
         if lane is None:
             if len(self._lanes) >= MAX_LANES:
                 self._retire_unused()
-            lane = self._lanes[key] = Lane(self._worker, make())
+            lane = self._lanes[key] = Lane(self._worker, make(), tally, peer)
         return lane
 
     def drain(self) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 
+from dstack_mesh.errors import MeshError
 from dstack_mesh.log import event
 from dstack_mesh.relay.downstream import Downstream
 from dstack_mesh.relay.exchange import Exchange
@@ -37,18 +38,28 @@ class Service(Listener):
         max_connections: int,
         tally: Tally | None = None,
         record: Recorder | None = None,
+        failed: Recorder | None = None,
+        refused: Callable[[str, MeshError, str], None] | None = None,
     ) -> None:
-        """Exchanges are counted in `tally`, and told to `record`, where there are such."""
+        """Exchanges are counted in `tally` (or that of their way), where there is one.
+
+        They are told to `record`, where there is one, and to `failed` those among them that ended
+        in an error: the mesh's own, a status from 500 up, or no status at all. `refused` is told
+        of heads that were answered before they were an exchange: direction, error, request id.
+        """
         super().__init__(worker)
         self.direction = direction
         self._tally = tally
         self.connections: set[Client] = set()
         self._max_connections = max_connections
-        self._record = record
+        self.on_record = record
+        """Set at any time, for an access log that is turned on and off."""
+        self._failed = failed
+        self._refused = refused
         self._empty = asyncio.Event()
         self._empty.set()
         self._longest_waiting = LongestWaiting()
-        self._refused = self._gave_way = 0
+        self._turned_away = self._gave_way = 0
         self._said = -_QUIET
 
     def protocol(self, handler: Handler[P]) -> Downstream[P]:
@@ -76,9 +87,9 @@ class Service(Listener):
         self._limit_reached(now)
         return True
 
-    def refused(self) -> None:
+    def turned_away(self) -> None:
         """Count a connection that there was no room for."""
-        self._refused += 1
+        self._turned_away += 1
         self._limit_reached(self.worker.clock())
 
     def _limit_reached(self, now: float) -> None:
@@ -93,7 +104,7 @@ class Service(Listener):
             open=len(self.connections),
             limit=self._max_connections,
             setting="MESH_MAX_CONNECTIONS",
-            refused=self._refused,
+            refused=self._turned_away,
             gave_way=self._gave_way,
         )
 
@@ -123,7 +134,7 @@ class Service(Listener):
     def opened(self, connection: Client) -> bool:
         """Enter a connection in the books; `False` when there is no room for it."""
         if not self.has_room() and not self.give_way():
-            self.refused()
+            self.turned_away()
             return False
         self.connections.add(connection)
         self._empty.clear()
@@ -137,14 +148,26 @@ class Service(Listener):
 
     def record(self, exchange: Exchange) -> None:
         """Record an exchange that has ended."""
-        if self._tally is not None:
-            self._tally.add(
+        lane = exchange.lane
+        tally = self._tally if lane is None or lane.tally is None else lane.tally
+        status = exchange.status
+        if tally is not None:
+            tally.add(
                 exchange.line.method,
-                exchange.status,
+                status,
                 exchange.code,
                 exchange.bytes_up,
                 exchange.bytes_down,
                 exchange.finished - exchange.started,
             )
-        if self._record is not None:
-            self._record(self.direction, exchange)
+        if self._failed is not None and (exchange.code or status >= 500 or not status):
+            self._failed(self.direction if tally is None else tally.direction, exchange)
+        if self.on_record is not None:
+            self.on_record(self.direction if tally is None else tally.direction, exchange)
+
+    def refused(self, error: MeshError, request_id: str) -> None:
+        """Record a head that was answered with `error` before it became an exchange."""
+        if self._tally is not None:
+            self._tally.refuse(error.status, error.code)
+        if self._refused is not None:
+            self._refused(self.direction, error, request_id)

@@ -17,13 +17,18 @@ _OTHER: Final = b"other"
 _CLASSES: Final = 10
 """Hundreds of a status; 0 for none."""
 
+OTHERS: Final = "others"
+"""The name of all peers beyond those that are counted one by one."""
+
 
 class Tally:
     """Counts exchanges that have ended. Bounded, whatever methods clients come up with."""
 
-    __slots__ = ("_plain", "_refused", "buckets", "bytes_down", "bytes_up", "seconds")
+    __slots__ = ("_plain", "_refused", "buckets", "bytes_down", "bytes_up", "direction", "seconds")
 
-    def __init__(self) -> None:
+    def __init__(self, direction: str) -> None:
+        self.direction = direction
+        """`outbound`, `inbound` or `agent`."""
         # Nearly all exchanges have no error code of the mesh's own: they are found by method alone.
         self._plain: dict[bytes, list[int]] = {}
         self._refused: dict[tuple[bytes, int, str], int] = {}
@@ -55,6 +60,11 @@ class Tally:
             at += 1
         self.buckets[at] += 1
 
+    def refuse(self, status: int, code: str) -> None:
+        """Count a head that was refused before it became an exchange, which has no duration."""
+        key = (_OTHER, status // 100, code)
+        self._refused[key] = self._refused.get(key, 0) + 1
+
     @property
     def requests(self) -> dict[tuple[bytes, int, str], int]:
         """Exchanges by method, hundreds of the status (0 for none), and the mesh's error code."""
@@ -68,3 +78,41 @@ class Tally:
 
     def _known(self, method: bytes) -> bytes:
         return method if method in _METHODS else _OTHER
+
+
+class PeerTally:
+    """What one app was asked, or has asked for."""
+
+    __slots__ = ("errors", "last_error", "name", "requests")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        """The app-id, and for a target what else the request's headers said; see its maker."""
+        self.requests = 0
+        self.errors = 0
+        """Requests that ended in an error of the mesh's own."""
+        self.last_error: tuple[float, str, str] | None = None
+        """When (seconds since 1970), its code, its detail."""
+
+
+class PeerTallies:
+    """The tallies of all peers of one direction; those over the limit share the last one."""
+
+    def __init__(self, limit: int = 256) -> None:
+        self._limit = limit
+        self._by_name: dict[str, PeerTally] = {}
+        self._others = PeerTally(OTHERS)
+
+    def get(self, name: str) -> PeerTally:
+        """Give the tally of `name`. To be kept by who asks: once a connection, not a request."""
+        found = self._by_name.get(name)
+        if found is None:
+            if len(self._by_name) >= self._limit:
+                return self._others
+            found = self._by_name[name] = PeerTally(name)
+        return found
+
+    def all(self) -> list[PeerTally]:
+        """Give those that were asked for."""
+        others = [self._others] if self._others.requests or self._others.errors else []
+        return [*self._by_name.values(), *others]

@@ -10,14 +10,17 @@ import ipaddress
 import re
 from pathlib import PurePosixPath
 
-from dstack_mesh.model import Address, TcpAddress, UnixAddress
+from dstack_mesh.model import Address, AppId, TcpAddress, UnixAddress
 
 _DIGITS = re.compile(r"[0-9]{1,9}")
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(ms|s|m|h)?")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
+_APP_ID = re.compile(r"[0-9a-f]{40}")
 _MAX_UNIX_PATH = 107  # sockaddr_un.sun_path is 108 bytes, its last one the NUL
 _MAX_HOST = 253  # RFC 1035 2.3.4, without the final dot
+
+_MOST_WORKERS = 64
 
 
 def host(text: str) -> str:
@@ -116,6 +119,14 @@ def count(text: str) -> int:
     return int(text)
 
 
+def workers(text: str) -> int:
+    """Read a number of processes, from 1 to 64."""
+    number = count(text)
+    if number > _MOST_WORKERS:
+        raise ValueError
+    return number
+
+
 def path(text: str) -> str:
     """Read a file's path."""
     if not text or not text.isprintable():
@@ -137,3 +148,16 @@ def show_duration(seconds: float) -> str:
 def show_base(value: Address) -> str:
     """Write an address the way `http_base` reads it."""
     return f"http://{value}" if isinstance(value, TcpAddress) else str(value)
+
+
+def app_ids(text: str) -> frozenset[AppId]:
+    """Read app-ids, at least one, with commas between."""
+    items = [item.strip().lower() for item in text.split(",")]
+    if not all(_APP_ID.fullmatch(item) for item in items):
+        raise ValueError
+    return frozenset(AppId(item) for item in items)
+
+
+def show_app_ids(value: frozenset[AppId]) -> str:
+    """Write what `app_ids` reads."""
+    return ",".join(sorted(value))

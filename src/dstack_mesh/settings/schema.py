@@ -174,6 +174,15 @@ SCHEMA: tuple[Setting, ...] = (
         "Where health and metrics are served; off disables.", off_text="off",
     ),
     Setting(
+        "admin.label_apps", ("MESH_LABEL_APPS",),
+        Kind(
+            parse.app_ids, "app-ids of 40 hex digits, comma separated", parse.show_app_ids,
+            many=True,
+        ),
+        None, "Apps whose requests have metrics of their own; the others are counted as one.",
+        when_unset="none",
+    ),
+    Setting(
         "dstack.gateway_domain", ("MESH_GATEWAY", "DSTACK_GATEWAY_DOMAIN"),
         Kind(parse_gateway, "base.domain[:port] or fixed/host:port", lambda value: str(value.text)),
         None, "The gateway's domain, or one fixed address for everything.",
@@ -223,6 +232,15 @@ SCHEMA: tuple[Setting, ...] = (
     Setting(
         "log.level", ("MESH_LOG_LEVEL",), _choice("debug", "info", "warning", "error"), "info",
         "The least severe events that are logged.", reloadable=True,
+    ),
+    Setting(
+        "log.access", ("MESH_ACCESS_LOG",), _choice("off", "errors", "all"), "off",
+        "The access log: one event for each exchange, for those that failed, or none.",
+    ),
+    Setting(
+        "workers", ("MESH_WORKERS",),
+        Kind(parse.workers, "a whole number from 1 to 64", number=True), "1",
+        "Worker processes that share the listeners.",
     ),
     Setting(
         "drain_timeout", ("MESH_DRAIN_TIMEOUT",), _DURATION, "30s",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from dstack_mesh.gateway_domain import Gateway
-    from dstack_mesh.model import Address, TcpAddress
+    from dstack_mesh.model import Address, AppId, TcpAddress
     from dstack_mesh.policy.allow import Allow
     from dstack_mesh.policy.route import Route
     from dstack_mesh.policy.rule import Rule
@@ -59,6 +59,9 @@ class AdminSettings:
     listen: Address | None
     """None: the listener is off."""
 
+    label_apps: frozenset[AppId] | None
+    """Apps that metrics name; None: none."""
+
 
 @dataclass(frozen=True, slots=True)
 class DstackSettings:
@@ -92,6 +95,7 @@ class LogSettings:
 
     format: Literal["json", "text"]
     level: Literal["debug", "info", "warning", "error"]
+    access: Literal["off", "errors", "all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,7 @@ class Settings:
     dstack: DstackSettings
     tls: TlsSettings
     log: LogSettings
+    workers: int
     drain_timeout: float
     idle_timeout: float
     head_timeout: float

@@ -184,8 +184,8 @@ def parse_request_fields(
             if usual is not None and not (usual.chunked and minor == 0):
                 return _usual(usual, minor)
         return _understand(parse_fields(block), minor, remove, authority)
-    except TooLargeError as error:
-        raise HeaderTooLarge(f"the head has {error}") from error
+    except TooLargeError as too_large:
+        raise HeaderTooLarge(f"the head has {too_large}") from too_large
     except MalformedError as error:
         raise BadRequest(f"the request has {error}") from error
 

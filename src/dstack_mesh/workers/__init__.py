@@ -1,0 +1,1 @@
+"""Several worker processes that share the listeners of one sidecar (`MESH_WORKERS`)."""

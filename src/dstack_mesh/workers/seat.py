@@ -1,0 +1,80 @@
+"""What a worker process has from its supervisor, through the fork."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+
+from dstack_mesh.listen import ListeningSocket
+from dstack_mesh.workers.mailbox import Mailbox
+
+READY, RELOADED, ALIVE = b"r", b"l", b"a"
+"""What a worker tells its supervisor, behind its index, which is one byte."""
+
+
+class Line:
+    """Tells the supervisor how the worker is, as `ops.systemd.Notifier` tells systemd."""
+
+    def __init__(self, descriptor: int, index: int, pulse: float | None) -> None:
+        """`pulse` is the time in seconds between signs of life; None: none are asked for."""
+        self._descriptor = descriptor
+        self._index = index
+        self._pulse_every = pulse
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, loop: asyncio.AbstractEventLoop, status: Callable[[], str]) -> None:
+        """Give signs of life from `loop`, so that its standstill shows."""
+        if self._pulse_every is not None:
+            self._say(ALIVE)
+            self._timer = loop.call_later(self._pulse_every, self.start, loop, status)
+
+    def ready(self) -> None:
+        """Say that every listener is open."""
+        self._say(READY)
+
+    def reloading(self) -> None:
+        """Say nothing: it was the supervisor that asked for it."""
+
+    def reloaded(self) -> None:
+        """Say that the reload is over."""
+        self._say(RELOADED)
+
+    def stopping(self) -> None:
+        """Say nothing: the supervisor knows."""
+
+    def close(self) -> None:
+        """Give no more signs."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _say(self, what: bytes) -> None:
+        with contextlib.suppress(OSError):  # it is gone, or has not read for long: serving goes on
+            os.write(self._descriptor, bytes([self._index]) + what)
+
+
+class Seat:
+    """A worker's place: the shared listeners, its line to the supervisor, its siblings."""
+
+    def __init__(
+        self,
+        sockets: Mapping[str, ListeningSocket],
+        line: Line,
+        mailbox: Mailbox,
+        supervisor: int,
+    ) -> None:
+        """`supervisor` is a descriptor that ends when the supervisor has."""
+        self.sockets = sockets
+        self.line = line
+        self.mailbox = mailbox
+        self._supervisor = supervisor
+
+    def watch_supervisor(self, loop: asyncio.AbstractEventLoop, ended: Callable[[], None]) -> None:
+        """Call `ended` when the supervisor is gone, however it went: nobody would replace us."""
+
+        def gone() -> None:
+            loop.remove_reader(self._supervisor)
+            ended()
+
+        loop.add_reader(self._supervisor, gone)

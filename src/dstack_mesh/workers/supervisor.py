@@ -1,0 +1,248 @@
+"""The parent of the worker processes: binds, forks, replaces who dies, passes signals on.
+
+It has no event loop and no threads, so that it can fork at any time. The sockets are bound once and
+inherited: what waits in their queues is lost to nobody when a worker goes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dstack_mesh import lifecycle
+from dstack_mesh.listen import ListeningSocket
+from dstack_mesh.log import event
+from dstack_mesh.ops.systemd import Notifier
+from dstack_mesh.settings.tree import Settings
+from dstack_mesh.workers.mailbox import Mailbox, socket_pairs
+from dstack_mesh.workers.seat import ALIVE, READY, RELOADED, Line, Seat
+
+log = logging.getLogger(__name__)
+
+STEADY = 10.0
+"""Seconds after which a worker that dies is replaced at once; sooner, there is a pause."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+"""Seconds, doubling."""
+
+_GRACE = 5.0
+"""Seconds beyond the drain timeout that workers have for their end."""
+
+_EXIT_STATUS = {signal.SIGTERM: 0, signal.SIGINT: 130}
+_FAILED = 70
+
+
+@dataclass(slots=True)
+class _Worker:
+    """A worker's place, and who is in it."""
+
+    index: int
+    pid: int = 0
+    """0: nobody."""
+    started: float = 0.0
+    pause: float = 0.0
+    start_at: float = 0.0
+    ready: bool = False
+    reloaded: bool = True
+    alive: float = 0.0
+
+
+class Supervisor:
+    """See the module. `run` does all of it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        sockets: Mapping[str, ListeningSocket],
+        *,
+        work: Callable[[Seat], int],
+        notifier: Notifier,
+        ready_file: Path | None,
+        bound: Mapping[str, str | None],
+    ) -> None:
+        """`work` is what a worker does; it gives the exit status."""
+        self._sockets = sockets
+        self._drain_timeout = settings.drain_timeout
+        self._work = work
+        self._notifier = notifier
+        self._ready_file = ready_file
+        self._bound = bound
+        self._workers = [_Worker(index) for index in range(settings.workers)]
+        self._pairs = socket_pairs(settings.workers)
+        self._told, self._tell = os.pipe()
+        self._life, self._our_life = os.pipe()
+        self._wake, self._wake_up = os.pipe()
+        for descriptor in (self._told, self._tell, self._wake, self._wake_up):
+            os.set_blocking(descriptor, False)
+        self._is_ready = False
+        self._ending: signal.Signals | None = None
+        self._end_by = 0.0
+
+    def run(self) -> int:
+        """Run the workers until told to end; give the exit status."""
+        if self._ready_file is not None:
+            lifecycle.remove_ready_file(self._ready_file)
+        self._catch_signals()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake, selectors.EVENT_READ, self._signalled)
+            selector.register(self._told, selectors.EVENT_READ, self._hear)
+            while self._ending is None or any(one.pid for one in self._workers):
+                self._start_due()
+                for key, _ in selector.select(self._patience()):
+                    key.data()
+                self._kill_overdue()
+        if self._ready_file is not None:
+            lifecycle.remove_ready_file(self._ready_file)
+        self._notifier.close()
+        event(log, logging.INFO, "supervisor_stopped")
+        return _EXIT_STATUS[self._ending]
+
+    # Workers.
+
+    def _start_due(self) -> None:
+        now = time.monotonic()
+        for one in self._workers:
+            if self._ending is None and one.pid == 0 and one.start_at <= now:
+                self._start(one, now)
+
+    def _start(self, one: _Worker, now: float) -> None:
+        one.started = one.alive = now
+        one.ready, one.reloaded = False, True
+        pid = os.fork()
+        if pid == 0:
+            self._be_worker(one.index)
+        one.pid = pid
+        event(log, logging.INFO, "worker_started", worker=one.index, pid=pid)
+
+    def _be_worker(self, index: int) -> None:
+        """Do a worker's work in this process, which has just been forked, and end it."""
+        status = _FAILED
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+                signal.signal(number, signal.SIG_DFL)
+            os.setpgid(0, 0)  # a terminal's Ctrl-C is for the supervisor, which passes it on
+            for descriptor in (self._told, self._our_life, self._wake, self._wake_up):
+                os.close(descriptor)
+            pulse = self._notifier.watchdog
+            line = Line(self._tell, index, pulse / 4 if pulse is not None else None)
+            seat = Seat(self._sockets, line, Mailbox(index, self._pairs), self._life)
+            status = self._work(seat)
+        except BaseException as error:
+            event(log, logging.ERROR, "worker_failed", worker=index, error=repr(error))
+        finally:
+            os._exit(status)
+
+    def _reap(self) -> None:
+        for one in self._workers:
+            if one.pid == 0:
+                continue
+            pid, status = os.waitpid(one.pid, os.WNOHANG)
+            if pid == 0:
+                continue
+            now = time.monotonic()
+            one.pid = 0
+            if self._ending is not None:
+                continue
+            early = now - one.started < STEADY
+            one.pause = min(max(one.pause * 2, FIRST_PAUSE), LONGEST_PAUSE) if early else 0.0
+            one.start_at = now + one.pause
+            event(
+                log,
+                logging.ERROR,
+                "worker_died",
+                worker=one.index,
+                pid=pid,
+                exit_status=os.waitstatus_to_exitcode(status),
+                restart_seconds=one.pause,
+            )
+
+    # What comes in.
+
+    def _hear(self) -> None:
+        """Take what workers say, two bytes each; a pipe keeps such short writes whole."""
+        said = os.read(self._told, 4096)
+        for at in range(0, len(said) - 1, 2):
+            one, what = self._workers[said[at]], said[at + 1 : at + 2]
+            one.alive = time.monotonic()
+            if what == READY:
+                one.ready = True
+                self._perhaps_ready()
+            elif what == RELOADED and not one.reloaded:
+                one.reloaded = True
+                if all(other.reloaded for other in self._workers):
+                    self._notifier.reloaded()
+            elif what == ALIVE and self._all_alive():
+                self._notifier.beat()
+
+    def _perhaps_ready(self) -> None:
+        if self._is_ready or not all(one.ready for one in self._workers):
+            return
+        self._is_ready = True
+        if self._ready_file is not None:
+            try:
+                lifecycle.write_ready_file(self._ready_file, self._bound)
+            except OSError as error:
+                path = str(self._ready_file)
+                event(log, logging.ERROR, "ready_file_failed", path=path, reason=str(error))
+                self._end(signal.SIGTERM)
+                return
+        self._notifier.ready()
+
+    def _all_alive(self) -> bool:
+        pulse = self._notifier.watchdog
+        now = time.monotonic()
+        return pulse is not None and all(now - one.alive < pulse for one in self._workers)
+
+    # Signals.
+
+    def _catch_signals(self) -> None:
+        signal.set_wakeup_fd(self._wake_up, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, lambda number, frame: None)  # the descriptor tells
+
+    def _signalled(self) -> None:
+        for number in os.read(self._wake, 4096):
+            if number == signal.SIGCHLD:
+                self._reap()
+            elif number == signal.SIGHUP:
+                self._notifier.reloading()
+                for one in self._workers:
+                    one.reloaded = one.pid == 0
+                self._send(signal.SIGHUP)
+            elif number in _EXIT_STATUS:
+                self._end(signal.Signals(number))
+
+    def _end(self, number: signal.Signals) -> None:
+        if self._ending is not None:
+            self._send(signal.SIGKILL)
+            os._exit(128 + number)
+        self._ending = number
+        self._end_by = time.monotonic() + self._drain_timeout + _GRACE
+        self._notifier.stopping()
+        for sock in self._sockets.values():
+            sock.close()  # what only we held open would take callers and answer none
+        self._send(signal.SIGTERM)
+
+    def _kill_overdue(self) -> None:
+        if self._ending is not None and time.monotonic() >= self._end_by:
+            self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        for one in self._workers:
+            if one.pid:
+                os.kill(one.pid, number)
+
+    def _patience(self) -> float | None:
+        """Give the seconds until something is due; None: nothing is."""
+        now = time.monotonic()
+        due = [one.start_at for one in self._workers if one.pid == 0]
+        if self._ending is not None:
+            due = [self._end_by]
+        return max(0.0, min(due) - now) if due else None
