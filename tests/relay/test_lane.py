@@ -433,10 +433,11 @@ class DeadOnArrival(FakeConnector):
 
     async def connect(self, lane: Lane) -> Upstream:
         upstream = Upstream(lane)
-        upstream.connection_made(FakeTransport(upstream))
-        upstream.connection_lost(ConnectionResetError("reset"))
+        transport = FakeTransport(upstream)
+        upstream.connection_made(transport)
+        transport.break_off(ConnectionResetError("reset"))
         upstream.admit(None, self.number)
-        self.opened.append(upstream.transport)
+        self.opened.append(transport)
         return upstream
 
 
