@@ -37,4 +37,4 @@ def files() -> list[str]:
 
 
 if __name__ == "__main__":
-    print(*files())
+    print(*files())  # noqa: T201 - what it is for
