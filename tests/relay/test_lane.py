@@ -263,10 +263,10 @@ async def test_a_request_sent_again_gets_no_used_connection() -> None:
 async def test_requests_sent_again_keep_their_places() -> None:
     async with rig() as one:
         busy = open_one(one)
-        first, second, third = (Asks(one, fresh_only=fresh) for fresh in (True, True, False))
+        kinds = (True, True, False, False)
+        first, second, third, last = (Asks(one, fresh_only=fresh) for fresh in kinds)
         give_back(one, busy)
         assert third.got is busy.upstream
-        last = Asks(one)
         await one.connect()
         assert (first.got is not None, second.got, last.got) == (True, None, None)
         await one.connect()
