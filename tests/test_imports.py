@@ -21,7 +21,7 @@ LAYERS = (
     {"relay", "dstack"},
     {"outbound", "inbound"},
     {"ops"},
-    {"app", "lifecycle"},
+    {"app", "lifecycle", "reload"},
     {"demo"},
     {"cli", "__main__"},
 )

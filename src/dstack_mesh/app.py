@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import socket
 import ssl
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import uvloop
 
-from dstack_mesh import __version__, lifecycle, listen
+from dstack_mesh import __version__, lifecycle, listen, reload
 from dstack_mesh.dstack.agent import AgentClient
 from dstack_mesh.dstack.gateway import GatewayDirectory
 from dstack_mesh.identity.source import AgentSource, CredentialSource, FileSource
@@ -25,6 +26,7 @@ from dstack_mesh.log import event
 from dstack_mesh.ops.admin import Admin
 from dstack_mesh.ops.metrics import Metrics, Sample
 from dstack_mesh.ops.readiness import Readiness, backend_answers
+from dstack_mesh.ops.systemd import Notifier
 from dstack_mesh.outbound.proxy import OutboundOptions, OutboundProxy
 from dstack_mesh.relay.deadlines import NEVER, Timeouts
 from dstack_mesh.relay.pool import Pool
@@ -44,45 +46,56 @@ def run(loaded: Loaded, ready_file: Path | None) -> int:
     lifecycle.allow_many_files()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_main(loaded.settings, ready_file))
+            return runner.run(_main(loaded, ready_file))
     except listen.ListenError as error:
         print(f"dstack-mesh: {error}", file=sys.stderr)  # noqa: T201 - for the person who started it
         return 1
 
 
-async def _main(settings: Settings, ready_file: Path | None) -> int:
-    sidecar = Sidecar(settings)
-    signals = lifecycle.Signals(asyncio.get_running_loop())
+async def _main(loaded: Loaded, ready_file: Path | None) -> int:
+    loop = asyncio.get_running_loop()
+    sidecar = Sidecar(loaded.settings)
+    notifier = Notifier.from_environ(os.environ)
+    reloader = reload.Reloader(loaded, sidecar.reloadable(), notifier)
+    signals = lifecycle.Signals(loop, reloader.ask)
     try:
         await sidecar.start()
         if ready_file is not None:
             # Left by a process that was killed. Not before the listeners are ours: another sidecar
             # may be running, and the file be its own.
             lifecycle.remove_ready_file(ready_file)
-        announced = asyncio.create_task(_announce(sidecar, signals, ready_file))
+        notifier.start(loop, sidecar.status)
+        announced = asyncio.create_task(_announce(sidecar, signals, notifier, ready_file))
+        reloading = asyncio.create_task(reloader.run())
         try:
             await signals.wait()
         finally:
             announced.cancel()
-            await asyncio.gather(announced, return_exceptions=True)
+            reloading.cancel()
+            await asyncio.gather(announced, reloading, return_exceptions=True)
+        notifier.stopping()
         await sidecar.drain()
         if ready_file is not None:
             lifecycle.remove_ready_file(ready_file)
     finally:
         await sidecar.stop()
+        notifier.close()
     return signals.exit_status
 
 
-async def _announce(sidecar: Sidecar, signals: lifecycle.Signals, ready_file: Path | None) -> None:
+async def _announce(
+    sidecar: Sidecar, signals: lifecycle.Signals, notifier: Notifier, ready_file: Path | None
+) -> None:
     await sidecar.wait_open()
-    if ready_file is None:
-        return
-    try:
-        lifecycle.write_ready_file(ready_file, sidecar.bound())
-    except OSError as error:
-        # Whoever waits for the file would wait for ever.
-        event(log, logging.ERROR, "ready_file_failed", path=str(ready_file), reason=str(error))
-        signals.end(1)
+    if ready_file is not None:
+        try:
+            lifecycle.write_ready_file(ready_file, sidecar.bound())
+        except OSError as error:
+            # Whoever waits for the file would wait for ever.
+            event(log, logging.ERROR, "ready_file_failed", path=str(ready_file), reason=str(error))
+            signals.end(1)
+            return
+    notifier.ready()
 
 
 class Sidecar:
@@ -107,6 +120,7 @@ class Sidecar:
         self._inbound = self._service("inbound")
         self._admin = Service(self.worker, "admin", max_connections=_ADMIN_CONNECTIONS)
         self._proxy = self._make_proxy()
+        self._allowing: list[reload.Allowing] = []
         self._listener = self._make_listener()
         self._auth = self._make_auth()
         self._draining = False
@@ -148,6 +162,7 @@ class Sidecar:
             connect_timeout=settings.outbound.connect_timeout,
         )
         terminator = Terminator(self._pool, self.identity, options, self.metrics.count_decision)
+        self._allowing.append(terminator)
         limit = settings.max_connections
         count = functools.partial(self.metrics.count_handshake, "inbound")
         return TlsListener(self._inbound, terminator, self.identity, limit, count)
@@ -157,7 +172,9 @@ class Sidecar:
         inbound = self.settings.inbound
         if inbound.mode != "nginx":
             return None
-        return AuthService(self.identity, inbound.allow, self.metrics.count_decision)
+        auth = AuthService(self.identity, inbound.allow, self.metrics.count_decision)
+        self._allowing.append(auth)
+        return auth
 
     def _make_admin(self) -> Admin:
         settings = self.settings
@@ -213,6 +230,25 @@ class Sidecar:
             name: str(listen.bound_address(self._sockets[name])) if name in self._sockets else None
             for name in names
         }
+
+    def reloadable(self) -> tuple[reload.Part, ...]:
+        """Give the parts whose settings may change while running."""
+        return (
+            reload.policy_part(self._allowing),
+            reload.identity_part(self.identity, lambda tls: _source(tls, self._agent)),
+            reload.log_part(),
+        )
+
+    def status(self) -> str:
+        """Say in one line how it is, for people."""
+        if self._draining:
+            inbound, outbound = len(self._inbound.connections), len(self._outbound.connections)
+            return f"stopping: {inbound} inbound and {outbound} outbound connections left"
+        states = [self._identity_state()]
+        if self.settings.outbound.listen is not None:
+            states.append(self._gateway_state())
+        missing = [reason for ok, reason in states if not ok]
+        return f"not ready: {'; '.join(missing)}" if missing else f"ready: {states[0][1]}"
 
     async def drain(self) -> None:
         """Finish what is in flight, at the latest after `drain_timeout`.

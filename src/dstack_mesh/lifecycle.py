@@ -8,7 +8,7 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 _EXIT_STATUS = {signal.SIGTERM: 0, signal.SIGINT: 130}
@@ -23,14 +23,20 @@ def allow_many_files() -> None:
 
 
 class Signals:
-    """SIGTERM and SIGINT: the first asks for an orderly end, a second one ends at once."""
+    """SIGTERM and SIGINT: the first asks for an orderly end, a second one ends at once.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    SIGHUP calls `hangup`.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, hangup: Callable[[], None] = lambda: None
+    ) -> None:
         self._asked = asyncio.Event()
         self.exit_status = 0
         """0 after SIGTERM, 130 after SIGINT, or what `end` was told."""
         for number in _EXIT_STATUS:
             loop.add_signal_handler(number, self._received, number)
+        loop.add_signal_handler(signal.SIGHUP, hangup)
 
     def end(self, exit_status: int) -> None:
         """Ask for an orderly end from inside, with this exit status."""

@@ -404,3 +404,88 @@ async def test_it_runs_on_the_real_clock_too(kms: Kms) -> None:
     async with running(store):
         snapshot = await asyncio.wait_for(store.wait_loaded(), DEADLINE)
     assert snapshot.app_id == APP_A
+
+
+# Another source, on a reload.
+
+
+async def test_what_is_prepared_is_not_published(kms: Kms) -> None:
+    world, source = World(), Source(kms.leaf())
+    store = make(source, world)
+    async with running(store):
+        await world.asleep()
+        first = store.require()
+        prepared = await store.prepare(Source(kms.leaf()))
+        assert store.current is first
+        assert prepared.app_id == APP_A
+        with pytest.raises(SourceError, match="nothing there"):
+            await store.prepare(Source(SourceError("nothing there")))
+        assert (store.current, store.reason, store.failed) == (first, None, 0)
+
+
+async def test_a_switch_publishes_at_once_and_renews_from_the_new_source(kms: Kms) -> None:
+    world, old, new = World(), Source(kms.leaf()), Source(kms.leaf())
+    store = make(old, world)
+    seen: list[Snapshot] = []
+    store.subscribe(seen.append)
+    async with running(store):
+        step = await world.asleep()
+        store.switch(new, await store.prepare(new))
+        assert store.require().generation == 2
+        assert [one.generation for one in seen] == [1, 2]
+        due = store.require().renew_at
+        await world.let_pass(due - 1, step)
+        assert (old.fetches, new.fetches) == (1, 1)
+        await world.pass_on(1)
+        assert (old.fetches, new.fetches) == (1, 2)
+        assert store.require().generation == 3
+
+
+async def test_a_switch_to_files_looks_at_them_from_then_on(kms: Kms, tmp_path: Path) -> None:
+    world, files = World(), Files(tmp_path)
+    files.write(kms.leaf())
+    store = make(Source(kms.leaf()), world)
+    assert not store.source_changed(), "an agent is not asked for that"
+    async with running(store):
+        await world.asleep()
+        store.switch(files.source, await store.prepare(files.source))
+        assert not store.source_changed()
+        await world.pass_on(1.0)
+        assert store.require().generation == 2
+        files.write(kms.leaf())
+        assert store.source_changed()
+        await world.pass_on(1.0)
+        assert store.require().generation == 3
+
+
+async def test_another_root_key_is_refused_from_a_new_source_too(kms: Kms) -> None:
+    world = World()
+    store = make(Source(kms.leaf()), world)
+    async with running(store):
+        await world.asleep()
+        with pytest.raises(SourceError, match="another KMS root key"):
+            await store.prepare(Source(Kms().leaf()))
+        assert store.require().generation == 1
+
+
+async def test_an_answer_of_the_source_before_comes_too_late(kms: Kms) -> None:
+    class Slow(Source):
+        def __init__(self, *gives: Issued | Exception) -> None:
+            super().__init__(*gives)
+            self.asked, self.go = asyncio.Event(), asyncio.Event()
+
+        async def fetch(self) -> Credentials:
+            self.asked.set()
+            await self.go.wait()
+            return await super().fetch()
+
+    world, slow, new = World(), Slow(kms.leaf()), Source(kms.leaf())
+    store = make(slow, world)
+    async with running(store):
+        await asyncio.wait_for(slow.asked.wait(), DEADLINE)
+        store.switch(new, await store.prepare(new))
+        mine = store.require()
+        slow.go.set()
+        await world.asleep()
+        assert store.require() is mine
+        assert store.fetched == 1

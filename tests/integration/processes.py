@@ -72,18 +72,23 @@ class SidecarProcess:
 
 @contextlib.asynccontextmanager
 async def sidecar_process(
-    directory: Path, environ: Mapping[str, str], *, open_files: int | None = None
+    directory: Path,
+    environ: Mapping[str, str],
+    *,
+    open_files: int | None = None,
+    config: Path | None = None,
 ) -> AsyncIterator[SidecarProcess]:
     """Run a sidecar for the block, from when it is ready; `directory` gets its log.
 
-    `open_files` is the most that it may have open.
+    `open_files` is the most that it may have open, `config` its settings file.
     """
     limit = () if open_files is None else ("prlimit", f"--nofile={open_files}:{open_files}")
+    file = () if config is None else ("-c", str(config))
     ready = directory / "ready.json"
     log = directory / "log.jsonl"
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            *(*limit, *COMMAND, "run", "--ready-file", str(ready)),
+            *(*limit, *COMMAND, "run", *file, "--ready-file", str(ready)),
             env={**clean_environ(), **environ},
             stderr=output,
             stdout=output,

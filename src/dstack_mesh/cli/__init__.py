@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "run": "Run the sidecar of this CVM.",
+    "await": "Wait until the mesh is ready, then run a command.",
     "demo": "Show a whole mesh of two apps on this machine.",
     "sim": "Simulate KMS, guest agents and gateway for development.",
     "inspect": "Tell who a certificate says it is, and whether its chain holds.",
@@ -30,6 +31,9 @@ COMMANDS = {
     "config": "Print the effective settings and where each came from.",
     "version": "Print the versions of the mesh and what it runs on.",
 }
+
+_MODULES = {"await": "await_mesh"}
+"""Where a command's name, with `_` for `-`, cannot be a function's."""
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -47,7 +51,7 @@ class LazyCommands(click.Group):
         """Import the command `cmd_name`, or None where there is no such command."""
         if cmd_name not in COMMANDS:
             return None
-        name = cmd_name.replace("-", "_")
+        name = _MODULES.get(cmd_name, cmd_name.replace("-", "_"))
         module = importlib.import_module(f"{__name__}.{name}")
         command: click.Command = getattr(module, name)
         return command

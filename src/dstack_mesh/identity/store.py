@@ -112,6 +112,32 @@ class IdentityStore:
         await self._loaded.wait()
         return self.require()
 
+    def source_changed(self) -> bool:
+        """Tell whether the source has other credentials than those in use, as far as it knows."""
+        return self._changed is not None and self._changed()
+
+    async def prepare(self, source: CredentialSource) -> Snapshot:
+        """Fetch from `source` and validate as for a renewal, but publish nothing.
+
+        Raises `SourceError`.
+        """
+        credentials = await source.fetch()
+        snapshot = build_snapshot(
+            credentials,
+            self.fetched + 1,
+            lifetime=self._lifetime,
+            min_version=self._min_version,
+            now=self._clock(),
+        )
+        self._check_root(snapshot, source)
+        return snapshot
+
+    def switch(self, source: CredentialSource, snapshot: Snapshot) -> None:
+        """Use `source` from now on, and at once `snapshot`, which `prepare` made of it."""
+        self._source = source
+        self._changed = getattr(source, "changed", None)
+        self._adopt(snapshot)
+
     async def run(self) -> None:
         """Fetch, then renew when due and retry when that fails, until cancelled."""
         failures = 0
@@ -129,28 +155,26 @@ class IdentityStore:
 
     async def _fetch(self) -> str | None:
         """Fetch, validate and publish once; return why that failed, None when it did not."""
+        source = self._source
         try:
-            credentials = await self._source.fetch()
-            now = self._clock()
-            snapshot = build_snapshot(
-                credentials,
-                self.fetched + 1,
-                lifetime=self._lifetime,
-                min_version=self._min_version,
-                now=now,
-            )
-            self._check_root(snapshot)
+            snapshot = await self.prepare(source)
         except SourceError as exc:
             return exc.detail
         except Exception as exc:  # whatever went wrong, the last good one serves and we ask again
             return f"{type(exc).__name__}: {exc}"
+        if source is self._source:  # else another took its place meanwhile
+            self._adopt(snapshot)
+        return None
+
+    def _adopt(self, snapshot: Snapshot) -> None:
+        now = self._clock()
         jitter = 1 - _RENEWAL_JITTER * self._random()
         self._loaded_at = now
         self._renew_at = now + max((snapshot.renew_at - now) * jitter, FIRST_RETRY)
-        self._publish(replace(snapshot, renew_at=self._renew_at))
-        return None
+        generation = self.fetched + 1
+        self._publish(replace(snapshot, renew_at=self._renew_at, generation=generation))
 
-    def _check_root(self, new: Snapshot) -> None:
+    def _check_root(self, new: Snapshot, source: CredentialSource) -> None:
         """Refuse another KMS: all peers verified so far were members of the one we know."""
         old = self._current
         if old is None or new.root_spki == old.root_spki:
@@ -159,12 +183,12 @@ class IdentityStore:
             logger,
             logging.ERROR,
             "kms_root_changed",
-            source=self._source.description,
+            source=source.description,
             known_root_key_sha256=hashlib.sha256(old.root_spki).hexdigest(),
             refused_root_key_sha256=hashlib.sha256(new.root_spki).hexdigest(),
         )
         raise SourceError(
-            f"{self._source.description} now gives a chain under another KMS root key, which is "
+            f"{source.description} now gives a chain under another KMS root key, which is "
             "refused; restart the mesh if the KMS was replaced on purpose"
         )
 

@@ -142,7 +142,8 @@ class AuthService:
     ) -> None:
         """`count_decision` is called with `allow` or `deny` for each decision of policy."""
         self._identity = identity
-        self._allow = allow
+        self.allow = allow
+        """Read anew for each question; a reload puts another in its place."""
         self._count_decision = count_decision
         self._leaves = leaves or KnownLeaves()
         self._plans: BlockMemo[AuthPlan] = BlockMemo(
@@ -196,10 +197,10 @@ class AuthService:
 
     def _authorise(self, peer: PeerIdentity) -> None:
         own = self._identity.current
-        allowed = self._allow.permits(peer.app_id, own.app_id if own is not None else _UNKNOWN)
+        allowed = self.allow.permits(peer.app_id, own.app_id if own is not None else _UNKNOWN)
         self._count_decision("allow" if allowed else "deny")
         if not allowed:
-            raise PolicyDenied(self._allow.denial(peer.app_id))
+            raise PolicyDenied(self.allow.denial(peer.app_id))
 
 
 def _refused(error: MeshError, request_id: str) -> Answer:

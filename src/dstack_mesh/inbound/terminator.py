@@ -68,6 +68,7 @@ class Terminator:
         self.count_decision = count_decision
         self.identity = identity
         self.allow = options.allow
+        """Read anew for each request; a reload puts another in its place."""
         self.plans: BlockMemo[InboundPlan] = BlockMemo(
             lambda block: InboundPlan(parse_request_fields(block, 1, _REMOVE))
         )

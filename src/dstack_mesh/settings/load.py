@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from dstack_mesh.model import TcpAddress
@@ -52,6 +52,8 @@ class Loaded:
     settings: tree.Settings
     sources: Mapping[str, Source]
     warnings: tuple[str, ...]
+    again: Callable[[], Loaded] = field(compare=False, repr=False)
+    """Read the same sources anew, for SIGHUP. Raises SettingsError."""
 
 
 def load_settings(
@@ -90,7 +92,12 @@ def load_settings(
             f"dstack.agent: no guest agent's socket is at {', '.join(AGENT_PATHS)};"
             f" {values['dstack.agent']} is asked until it answers"
         )
-    return Loaded(_build(values), sources, tuple(warnings))
+    return Loaded(
+        _build(values),
+        sources,
+        tuple(warnings),
+        again=lambda: load_settings(flags, environ, file, exists=exists),
+    )
 
 
 def value_of(settings: tree.Settings, key: str) -> Any:
