@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import ssl
 from dataclasses import replace
@@ -101,7 +102,7 @@ class Front:
                 raise FrontError("the identity could not be written for nginx; see the log above")
             self._servers = await self._backend()
             await self._configure()
-            self._nginx = await Child.start("nginx", self._nginx_command(self._file))
+            self._nginx = await Child.start("nginx", self._nginx_command(self._file), os.environ)
             tasks.append(asyncio.create_task(self._watch_backend()))
             tasks.append(asyncio.create_task(self._reload_when_due()))
             return await self._nginx.ended()

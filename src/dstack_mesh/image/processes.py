@@ -21,11 +21,9 @@ class Child:
         self._process = process
 
     @classmethod
-    async def start(
-        cls, name: str, command: Sequence[str], environ: Mapping[str, str] | None = None
-    ) -> Self:
+    async def start(cls, name: str, command: Sequence[str], environ: Mapping[str, str]) -> Self:
         """Start `command`, with this process's output. Raises OSError."""
-        return cls(name, await asyncio.create_subprocess_exec(*command, env=environ))
+        return cls(name, await asyncio.create_subprocess_exec(*command, env=dict(environ)))
 
     @property
     def running(self) -> bool:
