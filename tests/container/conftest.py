@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.container.docker import IMAGE, Stack, build_images, need_docker
+
+
+@pytest.fixture(scope="session")
+def image() -> str:
+    """The image, built from this work tree."""
+    need_docker()
+    build_images()
+    return IMAGE
+
+
+@pytest.fixture(scope="module", params=["embedded", "nginx"])
+def stack(image: str, request: pytest.FixtureRequest) -> Iterator[Stack]:
+    """The example as its readers start it, in each inbound mode."""
+    one = Stack(f"mesh-test-{request.param}", request.param)
+    one.down()  # of a run that was killed
+    try:
+        one.up()
+        yield one
+    finally:
+        one.down()
