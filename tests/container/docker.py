@@ -149,7 +149,8 @@ class Stack:
     def log(self, service: str) -> str:
         ran = subprocess.run(
             ["docker", "logs", self.container(service)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             timeout=30,
         )
