@@ -15,8 +15,6 @@ import sys
 
 _READ_SIZE = 64 * 1024
 
-_Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-
 
 class Bridge:
     """Listens on one socket, connects to another."""
@@ -41,10 +39,16 @@ class Bridge:
             _say(f"the guest agent at {self._target} does not answer: {error.strerror}")
             await _close(writer)
             return
-        with contextlib.suppress(OSError):
-            await asyncio.gather(_pump(reader, other[1]), _pump(other[0], writer))
-        await _close(other[1])
-        await _close(writer)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(_pump(reader, other[1]))
+                group.create_task(_pump(other[0], writer))
+        except* OSError:  # cut: so is the other side
+            writer.transport.abort()
+            other[1].transport.abort()
+        finally:
+            await _close(other[1])
+            await _close(writer)
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

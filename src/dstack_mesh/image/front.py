@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import ssl
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +26,15 @@ from dstack_mesh.log import event
 from dstack_mesh.model import Address, TcpAddress, UnixAddress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from dstack_mesh.identity.snapshot import Snapshot
     from dstack_mesh.identity.source import CredentialSource
     from dstack_mesh.identity.tls import Credentials
     from dstack_mesh.image.identity_files import IdentityFiles
     from dstack_mesh.settings.tree import Settings
+
+    Resolve = Callable[[str], Awaitable[set[str]]]
 
 log = logging.getLogger(__name__)
 
@@ -76,12 +79,14 @@ class Front:
         file: Path,
         state: Path,
         command: Callable[[Sequence[str]], list[str]],
+        resolve: Resolve | None = None,
     ) -> None:
         self._settings = settings
         self._files = files
         self._file = file
         self._state = state
         self._command = command
+        self._resolve = resolve or resolve_host
         self._source = Kept(_source(settings))
         self.identity = IdentityStore(
             self._source,
@@ -183,15 +188,20 @@ class Front:
         backend = self._settings.inbound.backend
         if not isinstance(backend, TcpAddress):
             return (backend,) if backend is not None else ()
-        loop = asyncio.get_running_loop()
         try:
-            found = await loop.getaddrinfo(backend.host, backend.port, type=1)
+            hosts = await self._resolve(backend.host)
         except OSError as error:
             level = logging.DEBUG if self._servers else logging.WARNING
             event(log, level, "backend_unknown", backend=str(backend), reason=str(error))
             return ()
-        hosts = sorted({str(address[0]) for *_, address in found})
-        return tuple(TcpAddress(host, backend.port) for host in hosts)
+        return tuple(TcpAddress(host, backend.port) for host in sorted(hosts))
+
+
+async def resolve_host(host: str) -> set[str]:
+    """Give the addresses of `host`, as this machine resolves names. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return {str(address[0]) for *_, address in found}
 
 
 def _source(settings: Settings) -> CredentialSource:

@@ -57,9 +57,15 @@ class Supervisor:
         for number in _EXIT_STATUS:
             loop.add_signal_handler(number, self._received, number)
         loop.add_signal_handler(signal.SIGHUP, self._pass_on, signal.SIGHUP)
-        for command in self._commands:
-            child = await Child.start(command.name, command.argv, command.environ)
-            self._children.append(child)
+        try:
+            for command in self._commands:
+                child = await Child.start(command.name, command.argv, command.environ)
+                self._children.append(child)
+        except OSError as error:
+            reason = f"{command.argv[0]} cannot be run: {error.strerror}"
+            event(log, logging.ERROR, "container_process_failed", reason=reason)
+            await self._end(min(_FAILED_DRAIN_SECONDS, self._drain))
+            return 1
         watched = {asyncio.create_task(child.ended()): child.name for child in self._children}
         if self._front is not None:
             watched[asyncio.create_task(self._front.run())] = "nginx"
@@ -98,7 +104,8 @@ class Supervisor:
         self._asked.set()
 
     def _pass_on(self, number: signal.Signals) -> None:
-        self._children[-1].signal(number)
+        if len(self._children) == len(self._commands):
+            self._children[-1].signal(number)
 
 
 def _tell_ends(watched: Mapping[asyncio.Task[str], str]) -> None:
