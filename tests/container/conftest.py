@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.container.docker import IMAGE, Stack, build_images, need_docker
+from tests.container.docker import EXAMPLE, IMAGE, Stack, build_images, need_docker
 
 
 @pytest.fixture(scope="session")
@@ -17,8 +17,9 @@ def image() -> str:
 
 @pytest.fixture(scope="module", params=["embedded", "nginx"])
 def stack(image: str, request: pytest.FixtureRequest) -> Iterator[Stack]:
-    """The example as its readers start it, in each inbound mode."""
-    one = Stack(f"mesh-test-{request.param}", request.param)
+    """The example as its readers start it, in each inbound mode, or a module's `FILES` of it."""
+    files = getattr(request.module, "FILES", (EXAMPLE,))
+    one = Stack(f"mesh-test-{request.param}", request.param, files=files)
     one.down()  # of a run that was killed
     try:
         one.up()

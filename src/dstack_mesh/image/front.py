@@ -106,7 +106,8 @@ class Front:
             if not self._files.current.exists():
                 raise FrontError("the identity could not be written for nginx; see the log above")
             self._servers = await self._backend()
-            await self._configure()
+            # Not tried first: to try it nginx opens the listener, for callers that it then drops.
+            self._draft().replace(self._file)
             self._nginx = await Child.start("nginx", self._nginx_command(self._file), os.environ)
             tasks.append(asyncio.create_task(self._watch_backend()))
             tasks.append(asyncio.create_task(self._reload_when_due()))
@@ -139,8 +140,8 @@ class Front:
         no_daemon = "daemon off;"
         return self._command([NGINX, "-e", "stderr", "-c", str(file), "-g", no_daemon, *options])
 
-    async def _configure(self) -> None:
-        """Write the configuration, and put it in place if nginx takes it. Raises FrontError."""
+    def _draft(self) -> Path:
+        """Write the configuration beside the one in place."""
         options = nginx_options(self._settings, self._state)
         options = replace(
             options,
@@ -151,6 +152,11 @@ class Front:
         draft = self._file.with_suffix(".new")
         draft.write_text(whole_file(options))
         draft.chmod(0o644)
+        return draft
+
+    async def _configure(self) -> None:
+        """Put a new configuration in place if nginx takes it. Raises FrontError."""
+        draft = self._draft()
         tried = await asyncio.create_subprocess_exec(
             *self._nginx_command(draft, "-t", "-q"),
             stderr=asyncio.subprocess.PIPE,
