@@ -13,12 +13,13 @@ FUZZ := $(VENV)/.fuzz
 EXECUTIONS := 1000000
 TARGETS :=
 
-.PHONY: help demo test check bench fuzz fmt
+.PHONY: help demo test container check bench fuzz fmt
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    a whole mesh of two apps on this machine, with real requests through it"
 	@echo "make test    lint, types, tests and the coverage they must reach"
+	@echo "make container  build the image and test it and the compose example; needs docker"
 	@echo "make check   lint and types only"
 	@echo "make bench   the races against other proxies, and their report"
 	@echo "make fuzz    coverage-guided fuzzing, of all targets in turn: EXECUTIONS=$(EXECUTIONS)"
@@ -45,6 +46,9 @@ test: check
 	@mkdir -p build
 	$(PY) -m pytest -n 2 --cov --cov-report=json:build/coverage.json
 	$(PY) tools/coverage_gates.py build/coverage.json
+
+container: $(TESTS)
+	$(PY) -m pytest -m container -n 0 tests/container
 
 bench: $(TESTS)
 	$(PY) -m bench
