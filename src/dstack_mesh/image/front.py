@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from dstack_mesh.dstack.agent import AgentClient
 from dstack_mesh.identity.source import AgentSource, FileSource
 from dstack_mesh.identity.store import IdentityStore
-from dstack_mesh.image.processes import Child
+from dstack_mesh.image.processes import Child, ProcessError
 from dstack_mesh.inbound.nginx_config import nginx_options, whole_file
 from dstack_mesh.log import event
 from dstack_mesh.model import Address, TcpAddress, UnixAddress
@@ -43,10 +43,6 @@ WATCH_SECONDS = 2.0
 """Between two looks at where the backend is."""
 
 _TEST_SECONDS = 20.0
-
-
-class FrontError(Exception):
-    """nginx cannot run; the text says why."""
 
 
 class Kept:
@@ -99,12 +95,12 @@ class Front:
         self._nginx: Child | None = None
 
     async def run(self) -> str:
-        """Run; return how nginx ended. Raises FrontError, and OSError where it cannot be run."""
+        """Run; return how nginx ended. Raises ProcessError, and OSError where it cannot be run."""
         tasks = [asyncio.create_task(self.identity.run())]
         try:
             await self.identity.wait_loaded()
             if not self._files.current.exists():
-                raise FrontError("the identity could not be written for nginx; see the log above")
+                raise ProcessError("the identity could not be written for nginx; see the log above")
             self._servers = await self._backend()
             # Not tried first: to try it nginx opens the listener, for callers that it then drops.
             self._draft().replace(self._file)
@@ -155,7 +151,7 @@ class Front:
         return draft
 
     async def _configure(self) -> None:
-        """Put a new configuration in place if nginx takes it. Raises FrontError."""
+        """Put a new configuration in place if nginx takes it. Raises ProcessError."""
         draft = self._draft()
         tried = await asyncio.create_subprocess_exec(
             *self._nginx_command(draft, "-t", "-q"),
@@ -164,7 +160,7 @@ class Front:
         async with asyncio.timeout(_TEST_SECONDS):
             _, said = await tried.communicate()
         if tried.returncode != 0:
-            raise FrontError(f"nginx does not take its configuration: {said.decode().strip()}")
+            raise ProcessError(f"nginx does not take its configuration: {said.decode().strip()}")
         draft.replace(self._file)
 
     async def _watch_backend(self) -> None:
@@ -182,7 +178,7 @@ class Front:
             self._reload_due.clear()
             try:
                 await self._configure()
-            except (FrontError, OSError, TimeoutError) as error:
+            except (ProcessError, OSError, TimeoutError) as error:
                 event(log, logging.ERROR, "nginx_reload_refused", reason=str(error))
                 continue
             self._nginx.signal(signal.SIGHUP)

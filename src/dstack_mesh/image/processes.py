@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 _LAST_STEP_SECONDS = 1.0
 
 
+class ProcessError(Exception):
+    """A process cannot run; the text says why."""
+
+
 class Child:
     """One child process, by the name that logs call it."""
 

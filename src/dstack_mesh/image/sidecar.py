@@ -15,15 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-import uvloop
 
 from dstack_mesh.cli.options import load
 from dstack_mesh.cli.run import run
 from dstack_mesh.image import layout
 from dstack_mesh.image.access import READ, WRITE, Access, access
 from dstack_mesh.image.environment import with_defaults, with_older_names
-from dstack_mesh.image.front import Front
-from dstack_mesh.image.identity_files import IdentityFiles
 from dstack_mesh.image.layout import LayoutError, Owner
 from dstack_mesh.image.privileges import User, as_user, needs_low_ports
 from dstack_mesh.image.supervisor import Command, Supervisor
@@ -94,13 +91,21 @@ def run_sidecar(args: Sequence[str], mesh: Sequence[str]) -> int:
         os.execvp(argv[0], argv)  # noqa: S606 - our own command line
     logs.setup(settings.log.format, settings.log.level)
     commands = [*plan.commands, Command("mesh", argv, os.environ)]
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    factory = None
+    if plan.has_front:
+        import uvloop  # only now: without nginx this process stays at two thirds of the size
+
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(_supervise(plan, commands))
 
 
 async def _supervise(plan: Plan, commands: Sequence[Command]) -> int:
     front = None
     if plan.has_front:
+        from dstack_mesh.image.front import Front
+        from dstack_mesh.image.identity_files import IdentityFiles
+
         files = IdentityFiles(layout.IDENTITY, _owner(plan, plan.nginx.uid, plan.nginx.gid))
         front = Front(
             *(plan.settings, files, layout.NGINX_CONFIG, layout.NGINX),

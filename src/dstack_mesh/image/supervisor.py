@@ -14,12 +14,13 @@ import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dstack_mesh.image.front import Front, FrontError
-from dstack_mesh.image.processes import Child
+from dstack_mesh.image.processes import Child, ProcessError
 from dstack_mesh.log import event
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from dstack_mesh.image.front import Front
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +116,6 @@ def _tell_ends(watched: Mapping[asyncio.Task[str], str]) -> None:
             continue
         try:
             how = task.result()
-        except (FrontError, OSError, TimeoutError) as error:
+        except (ProcessError, OSError, TimeoutError) as error:
             how = str(error) or type(error).__name__
         event(log, logging.ERROR, "container_process_ended", process=name, reason=how)
