@@ -6,6 +6,7 @@ import asyncio
 import functools
 import logging
 import os
+import signal
 import socket
 import ssl
 import sys
@@ -58,6 +59,8 @@ async def _main(loaded: Loaded, ready_file: Path | None) -> int:
     notifier = Notifier.from_environ(os.environ)
     reloader = reload.Reloader(loaded, sidecar.reloadable(), notifier)
     signals = lifecycle.Signals(loop, reloader.ask)
+    # From who ends nginx in front of us first: it has to be seen that this one is ending.
+    loop.add_signal_handler(signal.SIGUSR1, sidecar.announce_end)
     try:
         await sidecar.start()
         if ready_file is not None:
@@ -249,6 +252,10 @@ class Sidecar:
             states.append(self._gateway_state())
         missing = [reason for ok, reason in states if not ok]
         return f"not ready: {'; '.join(missing)}" if missing else f"ready: {states[0][1]}"
+
+    def announce_end(self) -> None:
+        """Turn `/readyz` to 503, and go on serving: what is before us is draining."""
+        self._draining = True
 
     async def drain(self) -> None:
         """Finish what is in flight, at the latest after `drain_timeout`.

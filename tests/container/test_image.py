@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -31,7 +32,10 @@ def layers(image: str) -> Iterator[list[tarfile.TarFile]]:
         manifest = json.load(whole.extractfile("manifest.json"))  # type: ignore[arg-type]
         names = manifest[0]["Layers"][count["debian:bookworm-slim"] :]
         assert len(names) == count[image] - count["debian:bookworm-slim"] > 0
-        yield [tarfile.open(fileobj=whole.extractfile(name)) for name in names]
+        with contextlib.ExitStack() as stack:
+            yield [
+                stack.enter_context(tarfile.open(fileobj=whole.extractfile(name))) for name in names
+            ]
 
 
 def test_no_layer_has_a_key(layers: list[tarfile.TarFile]) -> None:

@@ -89,6 +89,8 @@ class Supervisor:
         deadline = loop.time() + seconds
         event(log, logging.INFO, "container_ending", timeout=seconds)
         if self._front is not None:
+            if self._asked.is_set():
+                self._children[-1].signal(signal.SIGUSR1)  # `/readyz` turns 503
             await self._front.quit(seconds - _SPARE_SECONDS)
         for child in reversed(self._children):  # the bridge last: the mesh may still need it
             signals = (self._signal, self._signal)
