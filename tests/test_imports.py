@@ -23,7 +23,7 @@ LAYERS = (
     {"ops"},
     {"app", "lifecycle", "reload"},
     {"demo"},
-    {"cli", "__main__"},
+    {"cli", "__main__", "image"},
 )
 """A part imports from its own layer and from those before it. `sim` stands beside them."""
 

@@ -137,7 +137,7 @@ def users(stack: Stack, service: str) -> dict[str, tuple[int, str, str]]:
     )
     found = {}
     for text in stack.bash(service, line, check=False).splitlines():
-        command, uid, capabilities, groups = text.split("|")
+        command, uid, capabilities, groups = text.rsplit("|", 3)
         if command.strip() and not command.startswith(("bash", "tr ", "awk ")):
             found[command.strip()] = (int(uid), capabilities, groups.strip())
     return found
