@@ -10,7 +10,8 @@ ARG PIP_EXTRA_INDEX_URL
 ARG PIP_TRUSTED_HOST
 ARG PIP_CERT
 ENV DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
-# The compiler is for wheels that are built here; it stays in this stage.
+# The compiler makes C of what a request passes through (docs/adr/0007-compiled-data-plane.md); it
+# stays in this stage.
 RUN apt-get update -qq \
  && apt-get install -y -qq --no-install-recommends build-essential python3-dev python3-venv >/dev/null \
  && rm -rf /var/lib/apt/lists/*
@@ -21,6 +22,7 @@ COPY constraints.txt pyproject.toml ./
 RUN python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' >needs.txt \
  && /opt/dstack-mesh/bin/pip wheel --quiet --no-cache-dir -c constraints.txt -w /wheels -r needs.txt
 COPY LICENSE README.md ./
+COPY tools tools
 COPY src src
 RUN PIP_CONSTRAINT=/build/constraints.txt /opt/dstack-mesh/bin/pip wheel --quiet --no-cache-dir --no-deps -w /wheels . \
  && /opt/dstack-mesh/bin/pip install --quiet --no-index --find-links /wheels -c constraints.txt dstack-mesh \

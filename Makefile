@@ -12,6 +12,8 @@ FUZZ := $(VENV)/.fuzz
 
 EXECUTIONS := 1000000
 TARGETS :=
+PARTS :=
+FLAGS :=
 
 .PHONY: help demo test container check bench fuzz fmt
 .DELETE_ON_ERROR:
@@ -21,7 +23,8 @@ help:
 	@echo "make test    lint, types, tests and the coverage they must reach"
 	@echo "make container  build the image and test it and the compose example; needs docker"
 	@echo "make check   lint and types only"
-	@echo "make bench   the races against other proxies, and their report"
+	@echo "make bench   the races against other proxies, 12 minutes: PARTS=\"...\" for some of them,"
+	@echo "             FLAGS=\"--list\", \"--short\", \"--publish\" (see docs/performance.md)"
 	@echo "make fuzz    coverage-guided fuzzing, of all targets in turn: EXECUTIONS=$(EXECUTIONS)"
 	@echo "             of each, TARGETS=\"...\" for some; CPython 3.11 to 3.13 on x86-64 Linux only"
 	@echo "make fmt     format the code"
@@ -51,7 +54,7 @@ container: $(TESTS)
 	$(PY) -m pytest -m container -n 0 tests/container
 
 bench: $(TESTS)
-	$(PY) -m bench
+	$(PY) -m bench $(PARTS) $(FLAGS)
 
 $(FUZZ): $(TESTS)
 	@tools/venv $(VENV) '.[fuzz]'

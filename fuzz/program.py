@@ -41,9 +41,8 @@ class Program:
 _MOST_PIECES = 48  # each may cost an execution as much as a whole input
 
 
-def split(data: bytes, strides: bytes) -> Iterator[memoryview]:
+def split(data: bytes, strides: bytes) -> Iterator[bytes]:
     """Cut `data` into pieces as long as `strides` says, over and over; a stride of 0 ends it."""
-    view = memoryview(data)
     lengths = itertools.takewhile(
         bool, itertools.islice(itertools.cycle(strides), _MOST_PIECES - 1)
     )
@@ -51,7 +50,7 @@ def split(data: bytes, strides: bytes) -> Iterator[memoryview]:
     for length in lengths:
         if at >= len(data):
             return
-        yield view[at : at + length]
+        yield data[at : at + length]
         at += length
     if at < len(data):
-        yield view[at:]
+        yield data[at:]

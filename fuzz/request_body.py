@@ -55,7 +55,7 @@ def run(data: bytes) -> None:
     fields = parse_request_fields(b"Host: a\r\n" + size, 1, REMOVE)
     head = _LINE + fields.forwarded + b"\r\n"
 
-    whole = _feed(fields, [memoryview(stream)] if stream else [])
+    whole = _feed(fields, [stream] if stream else [])
     parts = _feed(fields, list(split(stream, strides)))
     assert whole.refused == parts.refused, "refused in one piece, or in several, but not in both"
     read = read_requests(head + parts.out)
@@ -72,7 +72,7 @@ def run(data: bytes) -> None:
     assert behind == (stream[whole.taken :] if whole.done else None)
 
 
-def _feed(fields: RequestFields, pieces: list[memoryview]) -> Passed:
+def _feed(fields: RequestFields, pieces: list[bytes]) -> Passed:
     passed = Passed()
     body = translate.RequestBody(fields, REMOVE)
     for piece in pieces:

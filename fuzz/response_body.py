@@ -61,7 +61,7 @@ def run(data: bytes) -> None:
     minor = 0 if flags & 4 else 1
     clean = not flags & 8
 
-    whole = _feed([memoryview(stream)], minor, clean=clean)
+    whole = _feed([stream], minor, clean=clean)
     parts = _feed(split(stream, strides), minor, clean=clean)
     assert whole.refused == parts.refused, "refused in one piece, or in several, but not in both"
     got = _final(parts.out, closed=parts.closes and parts.done)
@@ -75,7 +75,7 @@ def run(data: bytes) -> None:
     assert whole == parts
 
 
-def _feed(pieces: Iterable[memoryview], minor: int, *, clean: bool) -> Passed:
+def _feed(pieces: Iterable[bytes], minor: int, *, clean: bool) -> Passed:
     passed = Passed()
     rules = translate.ResponseRules(remote_errors=True)
     response = translate.Response(b"GET", minor, b"", rules)

@@ -63,7 +63,7 @@ def run(data: bytes) -> None:
     response = translate.Response(method, minor, offered, rules)
     response.keep_client = not flags & 8
     try:
-        out = response.feed(memoryview(stream))
+        out = response.feed(stream)
     except UpstreamProtocolError as error:
         assert error.detail.isprintable(), error.detail
         return

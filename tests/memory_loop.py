@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dstack_mesh.relay.upstream import Upstream
-from tests.memory_tls import TARGET, Shown, shown_tls
+from dstack_mesh.relay.worker import Worker
+from tests.memory_tls import TARGET, Shown, ShownTls, shown_tls
 from tests.relay.fakes import FakeTransport
 
 _MAX_STEPS = 100_000
@@ -136,26 +137,44 @@ class MemoryLoop(asyncio.AbstractEventLoop):
         protocol_factory: Callable[[], Upstream],
         *,
         sock: socket.socket,
-        ssl: ssl.SSLContext | None = None,
-        server_hostname: str | None = None,
         **_: Any,
     ) -> tuple[FakeTransport, Upstream]:
         """Give a transport in memory; `sock` was never connected, and is closed."""
+        protocol = protocol_factory()
+        return self._open(sock, protocol, None, ""), protocol
+
+    async def open_tls(
+        self,
+        worker: Worker,
+        sock: socket.socket,
+        protocol: Upstream,
+        context: ssl.SSLContext,
+        server_name: str | None,
+        session: ssl.SSLSession | None = None,
+    ) -> FakeTransport:
+        """Give one on which the handshake goes as the test says: see `tls_client.open_tls`."""
+        address = self._addresses[sock.fileno()]
+        attempt = Attempt(address, server_name or "", self.create_future())
+        self.attempts.append(attempt)
+        try:
+            tls = shown_tls(await attempt.settled, self.app_id)
+        except BaseException:
+            sock.close()
+            raise
+        return self._open(sock, protocol, tls, server_name or "")
+
+    def _open(
+        self, sock: socket.socket, protocol: Upstream, tls: ShownTls | None, server_name: str
+    ) -> FakeTransport:
         address = self._addresses.pop(sock.fileno())
         sock.close()
-        tls = None
-        if ssl is not None:
-            attempt = Attempt(address, server_hostname or "", self.create_future())
-            self.attempts.append(attempt)
-            tls = shown_tls(await attempt.settled, self.app_id)
-        protocol = protocol_factory()
         transport = FakeTransport(protocol, tls=tls is not None)
         if tls is not None:
             tls.transport = transport
             transport.extra["ssl_object"] = tls
-        self._opened(FarEnd(self, transport, address, server_hostname or ""))
+        self._opened(FarEnd(self, transport, address, server_name))
         protocol.connection_made(transport)
-        return transport, protocol
+        return transport
 
 
 class FarEnd:

@@ -215,6 +215,7 @@ class OutboundMesh(MemoryMesh):
             self.identity,  # type: ignore[arg-type]
             GatewayDirectory(configured=gateway, sys_config=Path("unused")),
             OutboundOptions(default_port, "all", AGENT, None, CONNECT_TIMEOUT),
+            open_tls=self.loop.open_tls,
         )
         self.accept()
 

@@ -46,7 +46,11 @@ class ShownTls:
     chain: list[bytes]
     leaf: bytes | None
     session_reused: bool = False
+    context: None = None
     transport: FakeTransport | None = None
+
+    def version(self) -> str:
+        return "TLSv1.2"  # and so nothing is resumed
 
     def get_verified_chain(self) -> list[bytes]:
         return self.chain

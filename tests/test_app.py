@@ -428,3 +428,25 @@ async def test_a_ready_file_that_cannot_be_written_ends_the_process(
         await asyncio.to_thread(_until, log, "ready_file_failed", path=str(ready), level="error")
         assert await asyncio.to_thread(process.wait, 10) == 1
         assert "Traceback" not in log.read_text()
+
+
+async def test_its_status_is_one_line_for_people(one: Mesh) -> None:
+    one.app("a").agent.failing = True
+    closed = await one.start_closed("a", MESH_OUTBOUND_LISTEN=FREE, MESH_ADMIN_LISTEN=FREE)
+    assert closed.status().startswith("not ready: this mesh has no certificate yet: ")
+    side = await one.start("b")
+    assert side.status() == f"ready: app {one.app_id('b')}"
+    async with Client.connect(one.outbound("b")):
+        await eventually(lambda: len(side._outbound.connections) == 1)
+        draining = asyncio.create_task(side.drain())
+        await asyncio.sleep(0)
+        assert side.status() == "stopping: 0 inbound and 1 outbound connections left"
+        await draining
+
+
+async def test_without_outbound_no_gateway_is_missed_in_the_status(one: Mesh) -> None:
+    side = await one.start_closed(
+        "a", MESH_OUTBOUND_LISTEN="off", MESH_SYS_CONFIG="/nowhere", MESH_ADMIN_LISTEN=FREE
+    )
+    await side.identity.wait_loaded()
+    assert side.status() == f"ready: app {one.app_id('a')}"

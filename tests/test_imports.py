@@ -22,7 +22,7 @@ LAYERS = (
     {"outbound", "inbound"},
     {"ops"},
     {"app", "lifecycle", "reload"},
-    {"demo"},
+    {"demo", "check"},
     {"cli", "__main__", "image"},
 )
 """A part imports from its own layer and from those before it. `sim` stands beside them."""

@@ -231,6 +231,11 @@ async def test_the_identity_changes_with_its_files(file: File, tmp_path: Path) -
     assert not await reloader.reload()
     assert len(store.switched) == 2
 
+    store.error = None
+    reloader = Reloader(file.load(), [part, failing(SourceError("no"))], Supervisor())
+    assert not await reloader.reload()
+    assert (len(store.asked), len(store.switched)) == (4, 2), "prepared, and not put into effect"
+
 
 async def test_every_setting_that_is_said_to_be_re_read_has_its_part() -> None:
     parts = [policy_part([]), identity_part(None, None), log_part()]  # type: ignore[arg-type]

@@ -206,9 +206,9 @@ class Sidecar:
         for name, address in addresses.items():
             if address is not None:
                 self._sockets[name] = listen.bind(address)
-        await self._serve("outbound", lambda: self._outbound.protocol(self._proxy))
+        await self._serve("outbound", lambda: self._outbound.protocol(self._proxy).as_protocol())
         admin = self._make_admin()
-        await self._serve("admin", lambda: self._admin.protocol(admin))
+        await self._serve("admin", lambda: self._admin.protocol(admin).as_protocol())
         loop = self.worker.loop
         self._tasks = [
             loop.create_task(self.identity.run()),
@@ -223,7 +223,7 @@ class Sidecar:
             self._say_listening("inbound")
         auth = self._auth
         if auth is not None:
-            await self._serve("auth", lambda: self._inbound.protocol(auth))
+            await self._serve("auth", lambda: self._inbound.protocol(auth).as_protocol())
         event(log, logging.INFO, "ready", **self.bound())
 
     def bound(self) -> dict[str, str | None]:
@@ -296,6 +296,7 @@ class Sidecar:
             self._stop_serving(name)
         for service in (self._outbound, self._inbound, self._admin):
             service.abort()
+        self._pool.close()
         self.worker.close()
         for sock in self._sockets.values():
             sock.close()
@@ -389,4 +390,5 @@ def _timeouts(settings: Settings) -> Timeouts:
         head=settings.head_timeout,
         idle=settings.idle_timeout,
         response=settings.outbound.response_timeout or NEVER,
+        connect=settings.outbound.connect_timeout,
     )

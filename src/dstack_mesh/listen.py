@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 BACKLOG = 1024
 
+_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where others listen
+
 _LOCK_PATIENCE = 0.5
 """Seconds."""
 
@@ -78,6 +80,13 @@ def bound_address(sock: socket.socket) -> Address:
     if sock.family == socket.AF_UNIX:
         return UnixAddress(name)
     return TcpAddress(name[0], name[1])
+
+
+def reachable(address: Address) -> Address:
+    """Give where this machine reaches a listener on `address`: loopback for all interfaces."""
+    if isinstance(address, TcpAddress) and address.host in _WILDCARDS:
+        return TcpAddress(_WILDCARDS[address.host], address.port)
+    return address
 
 
 def unlink_if_ours(sock: ListeningSocket) -> None:

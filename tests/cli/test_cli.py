@@ -190,7 +190,17 @@ def test_completion_scripts_are_there(shell: str, on_path: dict[str, str]) -> No
         (
             "dstack-mesh ",
             1,
-            {"run", "await", "demo", "sim", "inspect", "nginx-config", "config", "version"},
+            {
+                "run",
+                "await",
+                "check",
+                "demo",
+                "sim",
+                "inspect",
+                "nginx-config",
+                "config",
+                "version",
+            },
         ),
         ("dstack-mesh co", 1, {"config"}),
         ("dstack-mesh config --gate", 2, {"--gateway", "--gateway-connect"}),

@@ -187,7 +187,7 @@ def compare(row: Message, method: str, answer: Answer | None, exchange: Exchange
 def _meant(row: Message, method: str) -> tuple[int, bytes]:
     """Give status and body of what the mesh passes on for a row, as h11 reads it."""
     response = Response(method.encode("ascii"), 1, b"", ResponseRules(remote_errors=True))
-    passed_on = response.feed(memoryview(row.sent))
+    passed_on = response.feed(row.sent)
     if not response.done:
         passed_on += response.end(clean=True) or b""
     answer = read_answer(passed_on, method)

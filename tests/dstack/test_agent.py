@@ -72,6 +72,15 @@ async def listening(handler: Handler, path: Path | None = None) -> AsyncIterator
         yield address
 
 
+async def test_the_version(tmp_path: Path) -> None:
+    agent = FakeAgent({"/Version": json_answer({"version": "0.6.0", "rev": "x"})}, HTML)
+    async with listening(agent.serve, tmp_path / "dstack.sock") as address:
+        assert await AgentClient(address).version() == "0.6.0"
+    older = FakeAgent({}, (404, "text/html", b"<h1>no"))
+    async with listening(older.serve, tmp_path / "older.sock") as address:
+        assert await AgentClient(address).version() is None
+
+
 async def test_a_key_is_asked_for_in_json_for_both_roles(tmp_path: Path) -> None:
     agent = FakeAgent({"/GetTlsKey": json_answer(KEY)}, HTML)
     async with listening(agent.serve, tmp_path / "dstack.sock") as address:

@@ -10,7 +10,8 @@ from fuzz.targets import TARGETS
 from dstack_mesh.model import PeerIdentity
 from dstack_mesh.outbound import connect
 from dstack_mesh.relay.exchange import Exchange
-from dstack_mesh.relay.upstream import Lane, Upstream
+from dstack_mesh.relay.lane import Lane
+from dstack_mesh.relay.upstream import Upstream
 from dstack_mesh.wire import translate
 from fuzz import script
 from tests.fuzz.faults import Patch, fails, replaced
@@ -40,11 +41,11 @@ def test_another_app_that_is_taken_for_the_target_is_found(monkeypatch: Patch) -
 def test_a_connection_pooled_with_an_answer_too_many_is_found(
     monkeypatch: Patch, name: str
 ) -> None:
-    def keep(self: Upstream, nbytes: int) -> None:
+    def keep(self: Upstream, data: bytes) -> None:
         if self.exchange is not None:
-            self.exchange.response_data(self.lane.worker.buffer[:nbytes])
+            self.exchange.response_data(data)
 
-    monkeypatch.setattr(Upstream, "buffer_updated", keep)
+    monkeypatch.setattr(Upstream, "data_received", keep)
     monkeypatch.setattr(
         translate.Response, "_end", lambda self, *, excess: setattr(self, "done", True)
     )

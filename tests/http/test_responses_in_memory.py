@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from dstack_mesh.relay.upstream import Route, Upstream
+from dstack_mesh.relay.lane import Route
+from dstack_mesh.relay.upstream import Upstream
 from dstack_mesh.wire.limits import MAX_INTERIM_RESPONSES
 from dstack_mesh.wire.request import RequestLine
 from dstack_mesh.wire.translate import ResponseRules

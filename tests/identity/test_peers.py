@@ -157,6 +157,7 @@ class FakeSsl:
 
     chain: list[bytes]
     session_reused: bool = False
+    context: object = None
     asked: list[bool] = field(default_factory=list)
 
     def get_verified_chain(self) -> list[bytes]:

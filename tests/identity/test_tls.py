@@ -1,45 +1,24 @@
-"""Our contexts, accepting a caller, and how failures of TLS are read."""
+"""Our contexts, and how failures of TLS are read."""
 
 from __future__ import annotations
 
-import asyncio
-import datetime
-import socket
 import ssl
-import threading
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
-import uvloop
 from cryptography.hazmat.primitives import serialization
-from cryptography.x509.oid import ExtendedKeyUsageOID
-from tests.identity.conftest import APP_A, Issued, Kms, issue, shake_hands
-from tests.tls.records import HANDSHAKE, KEY_UPDATE, MemoryChannel, message
-from tests.tls.tls13 import Client, Server, Shown
+from tests.identity.conftest import APP_A, APP_B, Issued, Kms, shake_hands
 
 from dstack_mesh.identity import tls
+from dstack_mesh.identity.chain import ChainRuleBroken
+from dstack_mesh.identity.peers import verified_chain
 from dstack_mesh.model import Role
 
 TLS12, TLS13 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
 VERSIONS = pytest.mark.parametrize("version", [TLS12, TLS13], ids=["1.2", "1.3"])
-LOOPS = pytest.mark.parametrize(
-    "new_loop", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"]
-)
-DEADLINE = 10.0
-
-_Result = TypeVar("_Result")
-
-
-def run(new_loop: Callable[[], asyncio.AbstractEventLoop], main: Awaitable[_Result]) -> _Result:
-    async def bounded() -> _Result:
-        return await asyncio.wait_for(main, DEADLINE)
-
-    with asyncio.Runner(loop_factory=new_loop) as runner:
-        return runner.run(bounded())
-
 
 # Contexts
 
@@ -59,7 +38,7 @@ def test_both_contexts_verify_against_the_root_alone(kms: Kms, version: ssl.TLSV
         assert not context.verify_flags & ssl.VERIFY_X509_PARTIAL_CHAIN
         assert context.options & ssl.OP_NO_RENEGOTIATION
         assert context.options & ssl.OP_NO_COMPRESSION
-        assert context.options & ssl.OP_NO_TICKET
+        assert bool(context.options & ssl.OP_NO_TICKET) is (version is TLS12)
         assert context.security_level == 2
         for cipher in context.get_ciphers():
             assert cipher["aead"]
@@ -101,25 +80,117 @@ def test_tls_1_3_is_taken_where_1_2_is_allowed(kms: Kms) -> None:
     assert server.version() == "TLSv1.3"
 
 
-@pytest.mark.parametrize("min_version", [TLS12, TLS13], ids=["min 1.2", "min 1.3"])
-@VERSIONS
-def test_our_server_gives_a_caller_nothing_to_resume(
-    kms: Kms, version: ssl.TLSVersion, min_version: ssl.TLSVersion
-) -> None:
-    if version < min_version:
-        return
-    leaf = kms.leaf()
-    server_context = tls.server_context(leaf.credentials, min_version)
-    caller = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # with tickets and session ids, as by default
-    caller.check_hostname = False
-    caller.verify_mode = ssl.CERT_NONE
-    caller.maximum_version = version
-    tls._load_key(caller, leaf.credentials)
-    _, client = shake_hands(server_context, caller)
+# Resumption
+
+
+def eager_caller(issued: Issued | None, version: ssl.TLSVersion = TLS13) -> ssl.SSLContext:
+    """Give a caller with tickets and session ids, as contexts have them by default."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.maximum_version = version
+    if issued is not None:
+        tls._load_key(context, issued.credentials)
+    return context
+
+
+def session_of(
+    server_context: ssl.SSLContext, caller: ssl.SSLContext, peers: tls.VerifiedPeers
+) -> ssl.SSLSession | None:
+    """Do a full handshake, have the caller identified, and give what it may resume."""
+    server, client = shake_hands(server_context, caller)
+    peers.identify(server, Role.CALLER)
     with pytest.raises(ssl.SSLWantReadError):
-        client.read(1)  # where a TLS 1.3 ticket would arrive
-    assert client.session is None or not client.session.has_ticket
-    server, client = shake_hands(server_context, caller, client.session)
+        client.read(1)  # where a TLS 1.3 ticket arrives
+    return client.session
+
+
+def test_a_caller_resumes_its_session_as_who_it_was(kms: Kms) -> None:
+    leaf = kms.leaf()
+    context = tls.server_context(kms.leaf().credentials, TLS13)
+    peers, caller = tls.VerifiedPeers(kms.root.root_spki), eager_caller(leaf)
+    session = session_of(context, caller, peers)
+    assert session is not None
+    assert session.has_ticket
+    server, _ = shake_hands(context, caller, session)
+    assert server.session_reused
+    assert verified_chain(server) == []
+    found = peers.identify(server, Role.CALLER)
+    assert found is not None
+    assert found.app_id == APP_A
+
+
+def test_a_resumed_session_ends_with_the_callers_chain(kms: Kms) -> None:
+    context = tls.server_context(kms.leaf().credentials, TLS13)
+    now = [time.time()]
+    peers = tls.VerifiedPeers(kms.root.root_spki, clock=lambda: now[0])
+    caller = eager_caller(kms.leaf())
+    session = session_of(context, caller, peers)
+    server, _ = shake_hands(context, caller, session)
+    now[0] += 200 * 365 * 86_400
+    assert server.session_reused
+    with pytest.raises(ChainRuleBroken, match="expired"):
+        peers.identify(server, Role.CALLER)
+
+
+def test_nothing_is_resumed_with_another_context(kms: Kms) -> None:
+    """As behind a renewal of our own: the ticket's key is gone, and the handshake is a full one."""
+    credentials = kms.leaf().credentials
+    peers, caller = tls.VerifiedPeers(kms.root.root_spki), eager_caller(kms.leaf())
+    session = session_of(tls.server_context(credentials, TLS13), caller, peers)
+    server, _ = shake_hands(tls.server_context(credentials, TLS13), caller, session)
+    assert not server.session_reused
+
+
+def test_a_session_whose_chain_was_never_found_good_is_good_for_nothing(kms: Kms) -> None:
+    """Another app's CA has signed the leaf: OpenSSL verifies it, the chain rules do not."""
+    liar = kms.leaf(issuer=kms.app_ca(APP_B))
+    context = tls.server_context(kms.leaf().credentials, TLS13)
+    peers, caller = tls.VerifiedPeers(kms.root.root_spki), eager_caller(liar)
+    server, client = shake_hands(context, caller)
+    for _ in range(2):
+        with pytest.raises(ChainRuleBroken):
+            peers.identify(server, Role.CALLER)
+        with pytest.raises(ssl.SSLWantReadError):
+            client.read(1)
+        server, client = shake_hands(context, caller, client.session)
+        assert server.session_reused
+
+
+def test_a_caller_without_certificate_stays_one(kms: Kms) -> None:
+    context = tls.server_context(kms.leaf().credentials, TLS13)
+    peers, caller = tls.VerifiedPeers(kms.root.root_spki), eager_caller(None)
+    session = session_of(context, caller, peers)
+    server, _ = shake_hands(context, caller, session)
+    assert server.session_reused
+    assert peers.identify(server, Role.CALLER) is None
+
+
+def test_more_callers_than_are_known_do_a_full_handshake(
+    kms: Kms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls, "_MAX_CALLERS", 2)
+    context = tls.server_context(kms.leaf().credentials, TLS13)
+    peers = tls.VerifiedPeers(kms.root.root_spki)
+    callers = [eager_caller(kms.leaf()) for _ in range(5)]
+    sessions = [session_of(context, caller, peers) for caller in callers]
+    for caller, session in zip(callers, sessions, strict=True):
+        server, _ = shake_hands(context, caller, session)
+        assert peers.identify(server, Role.CALLER) is not None, "nobody is refused for it"
+    server, _ = shake_hands(context, callers[0], sessions[0])
+    assert not server.session_reused
+    server, _ = shake_hands(context, callers[4], session_of(context, callers[4], peers))
+    assert server.session_reused
+
+
+@VERSIONS
+def test_where_1_2_is_allowed_there_is_nothing_to_resume(kms: Kms, version: ssl.TLSVersion) -> None:
+    leaf = kms.leaf()
+    server_context = tls.server_context(leaf.credentials, TLS12)
+    caller = eager_caller(leaf, version)
+    session = session_of(server_context, caller, tls.VerifiedPeers(kms.root.root_spki))
+    assert session is None or not session.has_ticket
+    server, client = shake_hands(server_context, caller, session)
     assert not server.session_reused
     assert not client.session_reused
     assert tls.VerifiedPeers(kms.root.root_spki).identify(server, Role.CALLER) is not None
@@ -161,31 +232,7 @@ def test_an_encrypted_key_is_an_error_and_not_a_question_on_the_terminal(kms: Km
         tls.client_context(replace(leaf.credentials, key_pem=encrypted), TLS13)
 
 
-# Accepting
-
-
-class Recorder(asyncio.Protocol):
-    """The application's protocol behind TLS."""
-
-    def __init__(self) -> None:
-        self.received = bytearray()
-        self.first = asyncio.get_running_loop().create_future()
-        self.done = asyncio.get_running_loop().create_future()
-
-    def data_received(self, data: bytes) -> None:
-        self.received += data
-        if not self.first.done():
-            self.first.set_result(None)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self.done.done():
-            self.done.set_result(exc)
-
-
-def listen() -> socket.socket:
-    listener = socket.create_server(("127.0.0.1", 0))
-    listener.setblocking(False)
-    return listener
+# Failures
 
 
 def caller_context(issued: Issued | None, version: ssl.TLSVersion) -> ssl.SSLContext:
@@ -196,230 +243,6 @@ def caller_context(issued: Issued | None, version: ssl.TLSVersion) -> ssl.SSLCon
     if issued is not None:
         tls._load_key(context, issued.credentials)
     return context
-
-
-def call(address: tuple[str, int], context: ssl.SSLContext, request: bytes) -> str | None:
-    """Be a caller that sends at once; return the reason of the alert that it is shown, if any."""
-    with socket.create_connection(address, timeout=DEADLINE) as plain:
-        try:
-            with context.wrap_socket(plain) as sock:
-                sock.sendall(request)
-                while sock.recv(1024):
-                    pass
-        except ssl.SSLError as exc:
-            return exc.reason
-    return None
-
-
-async def accept_one(
-    listener: socket.socket, context: ssl.SSLContext, handshake_timeout: float = DEADLINE
-) -> tuple[asyncio.Transport, Recorder]:
-    loop = asyncio.get_running_loop()
-    sock, _ = await loop.sock_accept(listener)
-    return await tls.accept_tls(loop, sock, Recorder, context, handshake_timeout)
-
-
-@LOOPS
-@VERSIONS
-def test_a_caller_that_verifies_is_accepted(
-    kms: Kms, new_loop: Callable[[], asyncio.AbstractEventLoop], version: ssl.TLSVersion
-) -> None:
-    context = tls.server_context(kms.leaf().credentials, version)
-
-    async def main() -> None:
-        with listen() as listener:
-            calling = asyncio.create_task(
-                asyncio.to_thread(
-                    call, listener.getsockname(), caller_context(kms.leaf(), version), b"hello"
-                )
-            )
-            transport, protocol = await accept_one(listener, context)
-            assert isinstance(protocol, Recorder)
-            ssl_object = transport.get_extra_info("ssl_object")
-            peer = tls.VerifiedPeers(kms.root.root_spki).identify(ssl_object, Role.CALLER)
-            assert peer is not None
-            await protocol.first
-            transport.write(b"bye")
-            transport.close()
-            assert await calling is None
-            await protocol.done
-            assert protocol.received == b"hello"
-
-    run(new_loop, main())
-
-
-WRONG = ("foreign KMS", "self-signed", "expired", "other role", "leaf as CA")
-
-
-def wrong_callers(kms: Kms) -> dict[str, tuple[Issued, str]]:
-    """For each way in which OpenSSL refuses a caller: its chain, and the alert that fits."""
-    yesterday = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
-    own_leaf = kms.leaf()
-    return {
-        "foreign KMS": (Kms().leaf(), "TLSV1_ALERT_DECRYPT_ERROR"),
-        "self-signed": (issue(None, "localhost", []), "TLSV1_ALERT_UNKNOWN_CA"),
-        "expired": (kms.leaf(not_after=yesterday), "SSLV3_ALERT_CERTIFICATE_EXPIRED"),
-        "other role": (
-            kms.leaf(eku=[ExtendedKeyUsageOID.SERVER_AUTH]),
-            "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE",
-        ),
-        "leaf as CA": (kms.leaf(issuer=own_leaf), "TLSV1_ALERT_UNKNOWN_CA"),
-    }
-
-
-@LOOPS
-@VERSIONS
-@pytest.mark.parametrize(
-    "who", ["foreign KMS", "self-signed", "expired", "other role", "leaf as CA"]
-)
-def test_a_caller_that_openssl_refuses_is_shown_the_alert(
-    kms: Kms,
-    new_loop: Callable[[], asyncio.AbstractEventLoop],
-    version: ssl.TLSVersion,
-    who: str,
-) -> None:
-    wrong, alert = wrong_callers(kms)[who]
-    context = tls.server_context(kms.leaf().credentials, version)
-
-    async def main() -> None:
-        with listen() as listener:
-            calling = asyncio.create_task(
-                asyncio.to_thread(
-                    call, listener.getsockname(), caller_context(wrong, version), b"x" * 100_000
-                )
-            )
-            with pytest.raises(ssl.SSLCertVerificationError):
-                await accept_one(listener, context)
-            assert await calling == alert
-
-    run(new_loop, main())
-
-
-@LOOPS
-def test_a_refused_caller_that_stays_is_cut_off(
-    kms: Kms, new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tls, "_LINGER_SECONDS", 0.05)
-    context = tls.server_context(kms.leaf().credentials, TLS13)
-    caller = caller_context(Kms().leaf(), TLS13)
-    cut_off = threading.Event()
-
-    def stay(address: tuple[str, int]) -> None:
-        plain = socket.create_connection(address, timeout=DEADLINE)
-        with plain, caller.wrap_socket(plain):
-            assert cut_off.wait(DEADLINE)
-
-    async def main() -> None:
-        with listen() as listener:
-            staying = asyncio.create_task(asyncio.to_thread(stay, listener.getsockname()))
-            with pytest.raises(ssl.SSLCertVerificationError):
-                await accept_one(listener, context)
-            cut_off.set()
-            await staying
-
-    run(new_loop, main())
-
-
-@LOOPS
-def test_a_caller_that_is_silent_or_leaves_is_an_os_error(
-    kms: Kms, new_loop: Callable[[], asyncio.AbstractEventLoop]
-) -> None:
-    context = tls.server_context(kms.leaf().credentials, TLS13)
-
-    async def main() -> None:
-        with listen() as listener:
-            with socket.create_connection(listener.getsockname()), pytest.raises(OSError) as silent:
-                await accept_one(listener, context, 0.05)
-            assert tls.describe_tls_failure(silent.value) == "the TLS handshake took too long"
-
-            socket.create_connection(listener.getsockname()).close()
-            with pytest.raises(OSError) as left:
-                await accept_one(listener, context)
-            assert "ended the connection" in tls.describe_tls_failure(left.value)
-
-    run(new_loop, main())
-
-
-@LOOPS
-def test_a_caller_that_does_not_speak_tls_is_an_ssl_error(
-    kms: Kms, new_loop: Callable[[], asyncio.AbstractEventLoop]
-) -> None:
-    context = tls.server_context(kms.leaf().credentials, TLS13)
-
-    async def main() -> None:
-        with listen() as listener, socket.create_connection(listener.getsockname()) as plain:
-            plain.sendall(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
-            plain.shutdown(socket.SHUT_WR)
-            with pytest.raises(ssl.SSLError) as failure:
-                await accept_one(listener, context)
-            assert tls.describe_tls_failure(failure.value) == "the peer does not speak TLS"
-
-    run(new_loop, main())
-
-
-def test_a_caller_that_is_gone_before_the_alert_is_still_refused(kms: Kms) -> None:
-    context = tls.server_context(kms.leaf().credentials, TLS13)
-    ours, theirs = socket.socketpair()
-    accepting = tls._Accepting(ours)
-    token = tls._accepting.set(accepting)
-    try:
-        ours.close()
-        theirs.close()
-        with pytest.raises(ssl.SSLCertVerificationError):
-            shake_hands(context, caller_context(Kms().leaf(), TLS13))
-        assert accepting.lingering is None
-    finally:
-        tls._accepting.reset(token)
-
-
-# Peers that have TLS answer them without end
-
-
-@pytest.mark.parametrize("server_side", [True, False], ids=["our server", "our client"])
-@pytest.mark.parametrize("reading", [True, False], ids=["who reads", "who does not read"])
-def test_answers_of_tls_itself_do_not_pile_up(
-    kms: Kms, monkeypatch: pytest.MonkeyPatch, server_side: bool, reading: bool
-) -> None:
-    """A peer may ask for as many key updates as it likes, as long as it takes the answers."""
-    monkeypatch.setattr(tls, "_MAX_UNREAD_BYTES", 64 * 1024)
-    make = tls.server_context if server_side else tls.client_context
-    channel = MemoryChannel(make(kms.leaf().credentials, TLS13), server_side=server_side)
-    peer = hand_made_peer(channel, kms)
-    assert channel.done, channel.failure
-    channel.receive()
-    answered = 0
-    failures = []
-    for _ in range(40):
-        for _ in range(100):
-            assert peer.sending is not None
-            peer.send(HANDSHAKE, message(KEY_UPDATE, b"\1"))
-            peer.sending = peer.sending.updated()
-        for buffer in (None, bytearray(1_000)):
-            with pytest.raises(ssl.SSLError) as failure:
-                channel.ours.read(1_000, buffer)
-            failures.append(failure.value)
-        if reading:
-            answered += len(channel.receive())
-    assert isinstance(failures[0], ssl.SSLWantReadError)
-    assert isinstance(failures[-1], ssl.SSLWantReadError) is reading
-    assert ("does not read" in str(failures[-1])) is not reading
-    assert (answered > tls._MAX_UNREAD_BYTES) is reading
-
-
-def hand_made_peer(channel: MemoryChannel, kms: Kms) -> Client | Server:
-    if channel.ours.server_side:
-        client = Client(channel)
-        client.handshake(None)
-        return client
-    leaf = kms.leaf()
-    server = Server(channel)
-    server.read_client_hello()
-    server.agree()
-    server.show(server.flight(Shown(tuple(leaf.chain), leaf.key)))
-    return server
-
-
-# Failures
 
 
 def alert_error(code: int) -> ssl.SSLError:
@@ -489,8 +312,6 @@ def test_a_refusal_is_known_when_it_arrives_after_our_side_of_the_handshake(
         to_server, to_client, server_side=True
     )
     client = caller_context(Kms().leaf(), version).wrap_bio(to_client, to_server)
-    # What `_ServerObject` would take to the socket stays here, for the client to read.
-    server._outgoing = ssl.MemoryBIO()  # type: ignore[attr-defined]
     errors: dict[ssl.SSLObject, ssl.SSLError] = {}
     for _ in range(4):
         for side in (client, server):

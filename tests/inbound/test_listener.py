@@ -20,34 +20,28 @@ from dstack_mesh.listen import bind
 from dstack_mesh.model import TcpAddress
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.deadlines import Timeouts
+from dstack_mesh.relay.interfaces import Handler, Plan
+from dstack_mesh.relay.lane import Route
 from dstack_mesh.relay.service import Service
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.sim.kms import Kms
-from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
+from dstack_mesh.wire.request import RequestLine, parse_request_fields
 
 KMS = Kms.create(b"listener")
 OURS = snapshot_of(KMS, APP_A)
 CALLER = snapshot_of(KMS, APP_B).client_context
 
 
-class Plan:
-    def __init__(self, fields: RequestFields) -> None:
-        self.fields = fields
-
-
-class Hello:
+class Hello(Handler[Plan]):
     """Answers everything itself."""
 
     def connected(self, transport: asyncio.Transport) -> None:
         assert transport.get_extra_info("ssl_object") is not None
 
-    def may_persist(self) -> bool:
-        return True
-
     def plan(self, line: RequestLine, block: bytes) -> Plan:
         return Plan(parse_request_fields(block, line.minor, frozenset(), line.authority))
 
-    def route(self, line: RequestLine, plan: Plan) -> Answer:
+    def route(self, line: RequestLine, plan: Plan, last: Route | None = None) -> Answer:
         return Answer(200, b"hello\n", "text/plain")
 
 

@@ -42,7 +42,8 @@ class Turncoat(Impostor):
     def __init__(self, good: Issued, bad: Issued) -> None:
         self._bad = bad
         self._heads = 0
-        super().__init__(good, answer=self._turn)
+        # Whoever holds the keys of a session is who made it: another would have none to resume.
+        super().__init__(good, answer=self._turn, tickets=False)
         self.before = b""
         """What came while it was good."""
 
@@ -98,7 +99,7 @@ async def test_many_at_once_meet_an_impostor(there: Attacked) -> None:
         for answer in await asyncio.gather(*calls):
             problem(answer, "peer_untrusted", 502)
         await all_over(impostor)
-        assert impostor.handshakes == 20
+        assert 3 <= impostor.handshakes <= 20, "who waits when all fails shares the error"
         assert impostor.application_bytes == 0
 
 
@@ -175,7 +176,7 @@ async def test_a_renewed_identity_makes_new_connections(there: Attacked) -> None
         there.route(app_id, real)
         await there.make_pooled(app_id, real)
         await renew(there)
-        await eventually(lambda: there.pooled(app_id) == 0)
+        await eventually(lambda: real.handshakes == 2 and there.pooled(app_id) == 1)
         assert (await there.mesh.call("a", app_id)).status == 200
         assert real.handshakes == 2
 
@@ -197,7 +198,7 @@ async def test_a_connection_in_use_during_a_renewal_is_not_used_again(there: Att
             assert there.pooled(app_id) == 1, "what is in flight goes on"
             await client.send(b"now")
             assert (await client.answer("POST")).body == b"ok"
-            await eventually(lambda: there.pooled(app_id) == 0)
+            await eventually(lambda: real.handshakes == 2)  # another one is kept ready
         assert (await there.mesh.call("a", app_id)).status == 200
         assert real.handshakes == 2
 

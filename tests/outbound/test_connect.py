@@ -27,7 +27,8 @@ from dstack_mesh.model import TcpAddress
 from dstack_mesh.outbound.connect import MeshConnector
 from dstack_mesh.outbound.target import Endpoint
 from dstack_mesh.relay.deadlines import Timeouts
-from dstack_mesh.relay.upstream import Lane, Upstream
+from dstack_mesh.relay.lane import Lane
+from dstack_mesh.relay.upstream import Upstream
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.sim.client_hello import server_name
 from dstack_mesh.sim.impostor import Impostor

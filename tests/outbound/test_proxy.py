@@ -25,8 +25,8 @@ from dstack_mesh.outbound.target import Endpoint
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.deadlines import Timeouts
 from dstack_mesh.relay.dial import PlainConnector
+from dstack_mesh.relay.lane import Route
 from dstack_mesh.relay.pool import Pool
-from dstack_mesh.relay.upstream import Route
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.sim.kms import Kms
 from dstack_mesh.wire.request import parse_request_line

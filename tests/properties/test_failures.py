@@ -109,7 +109,7 @@ def test_heads_and_bodies_of_any_bytes(data: bytes, minor: int) -> None:
         ChunkedDecoder(remove).feed(data)
 
     def feed_response() -> None:
-        Response(b"GET", minor, b"", ResponseRules(remote_errors=True)).feed(memoryview(data))
+        Response(b"GET", minor, b"", ResponseRules(remote_errors=True)).feed(data)
 
     checks: list[tuple[Callable[[], object], type[Exception]]] = [
         (lambda: parse_request_line(line), MeshError),

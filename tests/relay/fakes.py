@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from dstack_mesh.errors import MeshError, UpstreamClosed
 from dstack_mesh.model import PeerIdentity
-from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.deadlines import Timeouts
 from dstack_mesh.relay.downstream import Downstream
 from dstack_mesh.relay.exchange import Exchange
+from dstack_mesh.relay.interfaces import Decision, Handler, Plan
+from dstack_mesh.relay.lane import Lane, Route
 from dstack_mesh.relay.service import Service
-from dstack_mesh.relay.upstream import Lane, Route, Upstream
+from dstack_mesh.relay.stream import StreamProtocol
+from dstack_mesh.relay.upstream import Connector, Upstream
 from dstack_mesh.relay.worker import Worker
-from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
+from dstack_mesh.wire.request import RequestLine, parse_request_fields
 from dstack_mesh.wire.translate import ResponseRules
 
 RULES = ResponseRules(remote_errors=False)
 REMOVE = frozenset((b"x-own",))
 TIMEOUTS = Timeouts()
+
+READ_BYTES = 256_000
+"""What an event loop reads at once."""
 
 GET_1 = b"GET /1 HTTP/1.1\r\nHost: a\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -40,7 +45,7 @@ class FakeSocket:
 class FakeTransport(asyncio.Transport):
     """One end of a connection. What the other end does is a method of the test's side below."""
 
-    def __init__(self, protocol: asyncio.BufferedProtocol, *, tls: bool = False) -> None:
+    def __init__(self, protocol: StreamProtocol, *, tls: bool = False) -> None:
         super().__init__()
         self.protocol = protocol
         self.sent = bytearray()
@@ -160,12 +165,10 @@ class FakeTransport(asyncio.Transport):
                 if not self.protocol.eof_received():
                     self.close()
                 return
-            buffer = memoryview(self.protocol.get_buffer(-1))
-            piece, rest = data[: len(buffer)], data[len(buffer) :]
+            piece, rest = data[:READ_BYTES], data[READ_BYTES:]
             if rest:
                 self._arrived.insert(0, rest)
-            buffer[: len(piece)] = piece
-            self.protocol.buffer_updated(len(piece))
+            self.protocol.data_received(piece)
 
     def _lose(self, exc: Exception | None) -> None:
         if not self.lost:
@@ -173,7 +176,7 @@ class FakeTransport(asyncio.Transport):
             self.protocol.connection_lost(exc)
 
 
-class FakeConnector:
+class FakeConnector(Connector):
     """Connects when the test says so, to connections that the test holds the other end of."""
 
     def __init__(self) -> None:
@@ -208,15 +211,11 @@ class FakeConnector:
         return self.number
 
 
-class FakePlan:
-    def __init__(self, fields: RequestFields) -> None:
-        self.fields = fields
+class FakePlan(Plan):
+    pass
 
 
-Decision = Route | Answer | Coroutine[None, None, Answer]
-
-
-class FakeHandler:
+class FakeHandler(Handler[FakePlan]):
     """Routes everything to one lane, or does what the test puts into `decide`."""
 
     def __init__(self, lane: Lane) -> None:
@@ -236,7 +235,7 @@ class FakeHandler:
         self.planned.append(line)
         return FakePlan(parse_request_fields(block, line.minor, REMOVE, line.authority))
 
-    def route(self, line: RequestLine, plan: FakePlan) -> Decision:
+    def route(self, line: RequestLine, plan: FakePlan, last: Route | None = None) -> Decision:
         if self.decide is not None:
             return self.decide(line)
         head = b"%b %b HTTP/1.1\r\n%b\r\n" % (line.method, line.target, plan.fields.forwarded)

@@ -18,7 +18,8 @@ from dstack_mesh.errors import (
 from dstack_mesh.model import Address, TcpAddress, UnixAddress
 from dstack_mesh.relay.deadlines import Timeouts
 from dstack_mesh.relay.dial import PlainConnector, authority, open_socket, reason
-from dstack_mesh.relay.upstream import Lane, Upstream
+from dstack_mesh.relay.lane import Lane
+from dstack_mesh.relay.upstream import Upstream
 from dstack_mesh.relay.worker import Worker
 
 

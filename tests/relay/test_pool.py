@@ -7,8 +7,9 @@ import pytest
 from tests.relay.fakes import FakeConnector, FakeTransport
 
 from dstack_mesh.relay.deadlines import Timeouts
+from dstack_mesh.relay.lane import Lane
 from dstack_mesh.relay.pool import MAX_LANES, Pool
-from dstack_mesh.relay.upstream import Lane, Upstream
+from dstack_mesh.relay.upstream import Upstream
 from dstack_mesh.relay.worker import Worker
 
 

@@ -31,7 +31,6 @@ def answers_to(context: ssl.SSLContext, hello: Hello) -> list[int]:
     channel = MemoryChannel(context, server_side=True)
     channel.send(hello.record())
     data = channel.receive()
-    assert channel.failure is None or not data
     return [kind for kind, _ in tls.handshake_messages(data)]
 
 

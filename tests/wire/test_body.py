@@ -35,7 +35,7 @@ def run(body: Decoder, pieces: Iterable[bytes]) -> tuple[bytes, bytes]:
         if body.done:
             rest += piece
             continue
-        found, taken = body.feed(memoryview(piece))
+        found, taken = body.feed(piece)
         assert body.done or taken == len(piece)
         payload += found
         rest += piece[taken:]
@@ -64,7 +64,7 @@ def test_a_body_by_length_takes_its_bytes_and_no_more() -> None:
 
 
 def test_a_body_by_length_that_ends_with_a_read_is_not_copied() -> None:
-    data = memoryview(b"abcde")
+    data = b"abcde"
     payload, taken = LengthDecoder(5).feed(data)
     assert (payload is data, taken) == (True, 5)
 

@@ -60,7 +60,7 @@ def send(body: RequestBody, pieces: Iterable[bytes]) -> tuple[bytes, bytes]:
         if body.done:
             rest += piece
             continue
-        more, taken = body.feed(memoryview(piece))
+        more, taken = body.feed(piece)
         out += more
         rest += piece[taken:]
     return out, rest
@@ -141,7 +141,7 @@ def receive(one: Response, pieces: Iterable[bytes]) -> bytes:
     out = b""
     for piece in pieces:
         if not one.done and piece:
-            out += one.feed(memoryview(piece))
+            out += one.feed(piece)
     return out
 
 
@@ -490,7 +490,7 @@ def test_the_number_of_interim_responses_is_limited() -> None:
         out = receive(one, [interim * MAX_INTERIM_RESPONSES])
         assert out == interim * MAX_INTERIM_RESPONSES * minor
         with pytest.raises(UpstreamProtocolError, match="more than 16 interim"):
-            one.feed(memoryview(interim))
+            one.feed(interim)
 
 
 def test_a_short_head_behind_a_long_interim_one_is_found() -> None:
@@ -592,7 +592,7 @@ def test_a_101_may_follow_a_100_rfc9110_7_8() -> None:
 )
 def test_refused_changes_of_the_protocol(lines: bytes) -> None:
     with pytest.raises(UpstreamProtocolError):
-        response(offered=b"websocket").feed(memoryview(b"HTTP/1.1 101 S\r\n" + lines + b"\r\n"))
+        response(offered=b"websocket").feed(b"HTTP/1.1 101 S\r\n" + lines + b"\r\n")
 
 
 # Another mesh's error header.

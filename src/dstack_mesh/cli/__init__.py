@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "run": "Run the sidecar of this CVM.",
     "await": "Wait until the mesh is ready, then run a command.",
+    "check": "Tell what works and what does not, and what to do.",
     "demo": "Show a whole mesh of two apps on this machine.",
     "sim": "Simulate KMS, guest agents and gateway for development.",
     "inspect": "Tell who a certificate says it is, and whether its chain holds.",

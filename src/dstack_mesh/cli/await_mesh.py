@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dstack_mesh.model import TcpAddress, UnixAddress
+from dstack_mesh.listen import reachable
+from dstack_mesh.model import TcpAddress
 from dstack_mesh.settings import parse
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ ONE_ANSWER = 5.0
 
 _MAX_ANSWER = 64 * 1024
 _DEFAULT_ADMIN = "127.0.0.1:8093"
-_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where others listen
 _TERMINATED = 128 + signal.SIGTERM
 
 
@@ -181,11 +181,9 @@ def _admin_address(flag: str | None, config: Path | None) -> Address:
         ) from None
     if address is None:
         raise _WrongUsage(f"{name} is off: a mesh without an admin listener cannot be waited for")
-    if isinstance(address, UnixAddress):
-        return address
-    if address.port == 0:
+    if isinstance(address, TcpAddress) and address.port == 0:
         raise _WrongUsage(f"{name} is {text}, any free port: say which one the mesh has taken")
-    return TcpAddress(_WILDCARDS.get(address.host, address.host), address.port)
+    return reachable(address)
 
 
 def _seconds(text: str) -> float:

@@ -61,6 +61,12 @@ class Info(msgspec.Struct):
     key_provider_info: str = ""
 
 
+class Version(msgspec.Struct):
+    """The answer to `Version`."""
+
+    version: str
+
+
 class _Refusal(msgspec.Struct):
     error: str
 
@@ -102,6 +108,15 @@ class AgentClient:
             return await self._call("/Info", {}, Info)
         except _NoSuchCallError:
             return await self._call("/prpc/Tappd.Info?json", {}, Info)
+
+    async def version(self) -> str | None:
+        """Return the agent's version, None for one that is too old to tell; raises `AgentError`."""
+        for path in ("/Version", "/prpc/Tappd.Version?json"):
+            try:
+                return (await self._call(path, {}, Version)).version
+            except _NoSuchCallError:
+                continue
+        return None
 
     async def aclose(self) -> None:
         """Nothing is kept open between calls; here for callers that close what they opened."""

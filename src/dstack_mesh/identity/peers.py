@@ -36,10 +36,11 @@ class VerifiedPeers:
     def identify(self, ssl_object: ssl.SSLObject, role: Role) -> PeerIdentity | None:
         """Return who the peer is; None only for a caller that showed no certificate at all.
 
-        Raises `ChainRuleBroken` for everything else: a broken rule, a resumed session, no chain.
+        A caller's resumed session has no chain: it is good for whom the session was made with.
+        Raises `ChainRuleBroken` for everything else: a broken rule, an unknown session, no chain.
         """
         if ssl_object.session_reused:
-            raise ChainRuleBroken(1, "the TLS session was resumed, so there is no chain to check")
+            return self._resumed(ssl_object, role)
         chain = verified_chain(ssl_object)
         if not chain:
             if role is Role.CALLER and ssl_object.getpeercert(binary_form=True) is None:
@@ -48,10 +49,30 @@ class VerifiedPeers:
         found = self._judge(chain, role)
         if isinstance(found, tuple):
             raise ChainRuleBroken(*found)
-        if self._clock() >= found.not_after:
-            expiry = datetime.fromtimestamp(found.not_after, UTC)
-            raise ChainRuleBroken(1, f"the chain expired at {expiry:%Y-%m-%dT%H:%M:%SZ}")
+        self.check_expiry(found)
+        known = getattr(ssl_object.context, "verified", None)
+        if known is not None:
+            known[leaf_digest(chain[0])] = found
         return found
+
+    def check_expiry(self, peer: PeerIdentity) -> None:
+        """Raise `ChainRuleBroken` where `peer`'s chain has expired since it was verified."""
+        if self._clock() >= peer.not_after:
+            expiry = datetime.fromtimestamp(peer.not_after, UTC)
+            raise ChainRuleBroken(1, f"the chain expired at {expiry:%Y-%m-%dT%H:%M:%SZ}")
+
+    def _resumed(self, ssl_object: ssl.SSLObject, role: Role) -> PeerIdentity | None:
+        """Go by what was verified for this very leaf under this very context (ADR 2)."""
+        known = getattr(ssl_object.context, "verified", None)
+        leaf = ssl_object.getpeercert(binary_form=True)
+        if role is Role.CALLER and known is not None:
+            if leaf is None:
+                return None
+            found: PeerIdentity | None = known.get(leaf_digest(leaf))
+            if found is not None:
+                self.check_expiry(found)
+                return found
+        raise ChainRuleBroken(1, "the TLS session was resumed, and no chain was verified for it")
 
     def _judge(self, chain: list[bytes], role: Role) -> PeerIdentity | tuple[int, str]:
         digest = hashlib.sha256(role.value.encode())
@@ -70,6 +91,11 @@ class VerifiedPeers:
         if len(self._found) > self._capacity:
             self._found.popitem(last=False)
         return found
+
+
+def leaf_digest(leaf: bytes) -> bytes:
+    """Give the name under which a leaf (DER) is remembered."""
+    return hashlib.sha256(leaf).digest()
 
 
 def verified_chain(ssl_object: ssl.SSLObject) -> list[bytes]:

@@ -9,7 +9,6 @@ lets nobody through while that is not known.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
 from collections import OrderedDict
@@ -31,7 +30,8 @@ from dstack_mesh.identity.store import Snapshot
 from dstack_mesh.model import AppId, PeerIdentity, Role
 from dstack_mesh.policy.allow import Allow
 from dstack_mesh.relay.answers import Answer, problem
-from dstack_mesh.wire.memo import BlockMemo
+from dstack_mesh.relay.interfaces import Handler, Plan
+from dstack_mesh.relay.lane import Route
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
 
 _CERTIFICATE, _VERDICT, _METHOD, _TARGET = (
@@ -60,13 +60,13 @@ class OwnIdentity(Protocol):
         ...
 
 
-class AuthPlan:
+class AuthPlan(Plan):
     """What nginx asks, as far as its field lines tell; remembered with them."""
 
-    __slots__ = ("certificate", "fields", "method", "refusal", "target")
+    __slots__ = ("certificate", "method", "refusal", "target")
 
     def __init__(self, fields: RequestFields) -> None:
-        self.fields = fields
+        super().__init__(fields)
         said: dict[bytes, set[bytes]] = {name: set() for name in _ASKED_FOR}
         for name, value in fields.removed:
             if name in said:  # and not a look-alike (`x_client_cert`), which says nothing
@@ -130,7 +130,7 @@ class KnownLeaves:
         return found
 
 
-class AuthService:
+class AuthService(Handler[AuthPlan]):
     """The handler of all connections of the auth listener."""
 
     def __init__(
@@ -146,29 +146,17 @@ class AuthService:
         """Read anew for each question; a reload puts another in its place."""
         self._count_decision = count_decision
         self._leaves = leaves or KnownLeaves()
-        self._plans: BlockMemo[AuthPlan] = BlockMemo(
-            lambda block: AuthPlan(parse_request_fields(block, 1, _ASKED_FOR))
-        )
 
     # What a connection calls: see `downstream.Handler`.
-
-    def connected(self, transport: asyncio.Transport) -> None:
-        """See `Handler`."""
-
-    def may_persist(self) -> bool:
-        """See `Handler`."""
-        return True
 
     def plan(self, line: RequestLine, block: bytes) -> AuthPlan:
         """See `Handler`. nginx knows no other denial than 401 and 403, so neither does this."""
         try:
-            if line.minor and line.authority is None:
-                return self._plans.get(block)
             return AuthPlan(parse_request_fields(block, line.minor, _ASKED_FOR, line.authority))
         except (BadRequest, HeaderTooLarge) as error:
             raise ClientCertUntrusted(f"nginx's question cannot be read: {error}") from error
 
-    def route(self, line: RequestLine, plan: AuthPlan) -> Answer:
+    def route(self, line: RequestLine, plan: AuthPlan, last: Route | None = None) -> Answer:
         """See `Handler`."""
         path = line.target.partition(b"?")[0]
         try:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import ssl
 from collections.abc import Callable
 from errno import EMFILE
 
 from dstack_mesh.identity.store import IdentityStore, Snapshot
-from dstack_mesh.identity.tls import accept_tls, describe_tls_failure
+from dstack_mesh.identity.tls import describe_tls_failure
 from dstack_mesh.inbound.terminator import Terminator
 from dstack_mesh.log import event
 from dstack_mesh.relay.service import Service
+from dstack_mesh.relay.tls import TlsTransport
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ MAX_HANDSHAKES = 512
 
 
 class TlsListener:
-    """Accepts on one socket, each handshake in a task of its own until it is done.
+    """Accepts on one socket, and keeps count of the handshakes in progress.
 
     Where there is no room for another handshake, the oldest in progress gives way (ADR 5): callers
     that never finish theirs cannot keep others out, and cost a bounded amount of memory.
@@ -48,7 +48,7 @@ class TlsListener:
         self._max_connections = max_connections
         self._max_handshakes = min(MAX_HANDSHAKES, max_connections)
         # In their order of age.
-        self._handshakes: dict[asyncio.Task[None], None] = {}
+        self._handshakes: dict[TlsTransport, None] = {}
         self._failures = 0
         self._accepting: asyncio.Task[None] | None = None
 
@@ -65,8 +65,8 @@ class TlsListener:
 
     def abort(self) -> None:
         """Give up the handshakes in progress."""
-        for task in list(self._handshakes):
-            task.cancel()
+        for handshake in list(self._handshakes):
+            handshake.abort()
 
     async def _accept(self, sock: socket.socket) -> None:
         loop = self._service.worker.loop
@@ -84,11 +84,8 @@ class TlsListener:
             if snapshot is None or not self._has_room():
                 accepted.close()
                 continue
-            task = loop.create_task(self._serve(accepted, snapshot))
-            self._handshakes[task] = None
-            task.add_done_callback(lambda done: self._handshakes.pop(done, None))
-            # A full backlog would otherwise be taken in one go, while everybody else waits; and a
-            # task that is cancelled before it has begun closes nothing.
+            await self._begin(accepted, snapshot)
+            # A full backlog would otherwise be taken in one go, while everybody else waits.
             await asyncio.sleep(0)
 
     def _accept_failed(self, error: OSError) -> None:
@@ -106,28 +103,38 @@ class TlsListener:
         most = min(self._max_handshakes, self._max_connections - connections)
         if handshakes >= most:
             oldest = next(iter(self._handshakes))
-            del self._handshakes[oldest]
-            oldest.cancel()
+            oldest.abort()
+            self._settled(oldest, ConnectionAbortedError("it gave way to a newer one"))
         return True
 
-    async def _serve(self, accepted: socket.socket, snapshot: Snapshot) -> None:
+    async def _begin(self, accepted: socket.socket, snapshot: Snapshot) -> None:
+        """Hand the connection to TLS; from here on nobody waits for it."""
         worker = self._service.worker
-        handler = self._terminator.handler(snapshot)
+        protocol = self._service.protocol(self._terminator.handler(snapshot))
+        transport = TlsTransport(
+            worker,
+            protocol,
+            lambda incoming, outgoing: snapshot.server_context.wrap_bio(incoming, outgoing, True),
+            lambda error: self._settled(transport, error),
+            server_side=True,
+            deadline=worker.clock() + worker.timeouts.head,
+        )
+        self._handshakes[transport] = None
         try:
-            await accept_tls(
-                worker.loop,
-                accepted,
-                lambda: self._service.protocol(handler),
-                snapshot.server_context,
-                worker.timeouts.head,
-            )
-        except asyncio.CancelledError:
-            self._count_handshake("failed")
-            raise
-        except (OSError, ssl.SSLError, TimeoutError) as error:
-            self._count_handshake("failed")
+            await worker.loop.connect_accepted_socket(transport.as_protocol, accepted)
+        except BaseException as error:
+            transport.abort()
+            accepted.close()
+            self._settled(transport, error)
+            if not isinstance(error, OSError):
+                raise
+
+    def _settled(self, transport: TlsTransport, error: BaseException | None) -> None:
+        if transport not in self._handshakes:
+            return  # given up before the event loop had it
+        del self._handshakes[transport]
+        self._count_handshake("ok" if error is None else "failed")
+        if error is not None:
             event(
                 log, logging.DEBUG, "inbound_handshake_failed", reason=describe_tls_failure(error)
             )
-        else:
-            self._count_handshake("ok")

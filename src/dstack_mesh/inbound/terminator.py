@@ -14,9 +14,9 @@ from dstack_mesh.model import Address, PeerIdentity, Role
 from dstack_mesh.policy.allow import Allow
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.dial import PlainConnector, authority
+from dstack_mesh.relay.interfaces import Handler, Plan
+from dstack_mesh.relay.lane import Route
 from dstack_mesh.relay.pool import Pool
-from dstack_mesh.relay.upstream import Route
-from dstack_mesh.wire.memo import BlockMemo
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
 from dstack_mesh.wire.translate import ResponseRules
 
@@ -33,13 +33,13 @@ _REMOVE = frozenset(
 )
 
 
-class InboundPlan:
+class InboundPlan(Plan):
     """What a request's field lines mean to this side; remembered with them."""
 
-    __slots__ = ("fields", "forwarded_for")
+    __slots__ = ("forwarded_for",)
 
     def __init__(self, fields: RequestFields) -> None:
-        self.fields = fields
+        super().__init__(fields)
         said = [value for name, value in fields.removed if name == _FORWARDED_FOR and value]
         self.forwarded_for = b", ".join([*said, b""])
         """What the caller said, ready for an address to be put behind it."""
@@ -69,9 +69,6 @@ class Terminator:
         self.identity = identity
         self.allow = options.allow
         """Read anew for each request; a reload puts another in its place."""
-        self.plans: BlockMemo[InboundPlan] = BlockMemo(
-            lambda block: InboundPlan(parse_request_fields(block, 1, _REMOVE))
-        )
         self.rules = ResponseRules(remote_errors=False)
         self.host = authority(options.backend)
         self.lane = pool.lane(
@@ -84,7 +81,7 @@ class Terminator:
         return Caller(self, snapshot)
 
 
-class Caller:
+class Caller(Handler[InboundPlan]):
     """One caller's connection: its identity was settled in the handshake."""
 
     __slots__ = ("_own_fields", "_peer", "_refusal", "_shared", "_snapshot")
@@ -125,15 +122,17 @@ class Caller:
 
     def plan(self, line: RequestLine, block: bytes) -> InboundPlan:
         """See `Handler`."""
-        if line.minor and line.authority is None:
-            return self._shared.plans.get(block)
         return InboundPlan(parse_request_fields(block, line.minor, _REMOVE, line.authority))
 
-    def route(self, line: RequestLine, plan: InboundPlan) -> Route | Answer:
+    def route(
+        self, line: RequestLine, plan: InboundPlan, last: Route | None = None
+    ) -> Route | Answer:
         """See `Handler`."""
         if line.target.partition(b"?")[0] == b"/health" and line.method in (b"GET", b"HEAD"):
             return Answer(200, b"OK\n", "text/plain; charset=utf-8")
         self._authorise()
+        if last is not None:
+            return last
         address, own = self._own_fields
         shared = self._shared
         head = b"%b %b HTTP/1.1\r\n%b%bx-forwarded-for: %b%b\r\n%b\r\n" % (

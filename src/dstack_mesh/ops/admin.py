@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 
 from dstack_mesh.model import Address, UnixAddress
 from dstack_mesh.ops.readiness import Readiness
 from dstack_mesh.relay.answers import Answer, json_answer
-from dstack_mesh.relay.upstream import Route
-from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
+from dstack_mesh.relay.interfaces import Decision, Handler, Plan
+from dstack_mesh.relay.lane import Route
+from dstack_mesh.wire.request import RequestLine, parse_request_fields
 
 _NOTHING: frozenset[bytes] = frozenset()
 _TEXT = "text/plain; charset=utf-8"
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class AdminPlan:
-    """A request's fields; nothing else of them matters here."""
-
-    __slots__ = ("fields",)
-
-    def __init__(self, fields: RequestFields) -> None:
-        self.fields = fields
-
-
-class Admin:
+class Admin(Handler[Plan]):
     """The handler of all connections of the admin listener."""
 
     def __init__(self, readiness: Readiness, metrics: Callable[[], str]) -> None:
@@ -34,20 +25,11 @@ class Admin:
         self._readiness = readiness
         self._metrics = metrics
 
-    def connected(self, transport: asyncio.Transport) -> None:
+    def plan(self, line: RequestLine, block: bytes) -> Plan:
         """See `Handler`."""
+        return Plan(parse_request_fields(block, line.minor, _NOTHING, line.authority))
 
-    def may_persist(self) -> bool:
-        """See `Handler`."""
-        return True
-
-    def plan(self, line: RequestLine, block: bytes) -> AdminPlan:
-        """See `Handler`."""
-        return AdminPlan(parse_request_fields(block, line.minor, _NOTHING, line.authority))
-
-    def route(
-        self, line: RequestLine, plan: AdminPlan
-    ) -> Route | Answer | Coroutine[None, None, Answer]:
+    def route(self, line: RequestLine, plan: Plan, last: Route | None = None) -> Decision:
         """See `Handler`."""
         path = line.target.partition(b"?")[0]
         if line.method not in (b"GET", b"HEAD"):

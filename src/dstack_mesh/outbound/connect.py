@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from dstack_mesh.errors import (
     ConnectFailed,
@@ -21,14 +21,22 @@ from dstack_mesh.identity.chain import ChainRuleBroken
 from dstack_mesh.identity.store import IdentityStore, Snapshot
 from dstack_mesh.identity.tls import describe_tls_failure, refused_our_certificate
 from dstack_mesh.model import PeerIdentity, Role
+from dstack_mesh.outbound.sessions import KnownSession, KnownSessions
 from dstack_mesh.outbound.target import Endpoint
 from dstack_mesh.relay.dial import open_socket, reason
-from dstack_mesh.relay.upstream import Lane, Upstream
+from dstack_mesh.relay.lane import Lane
+from dstack_mesh.relay.tls_client import open_tls
+from dstack_mesh.relay.upstream import Connector, Upstream
+from dstack_mesh.relay.worker import Worker
 
-_SHUTDOWN_TIMEOUT = 2.0
+OpenTls = Callable[
+    [Worker, socket.socket, Upstream, ssl.SSLContext, str | None, ssl.SSLSession | None],
+    Awaitable[object],
+]
+"""What `relay.tls_client.open_tls` is, and what tests put in its place."""
 
 
-class MeshConnector:
+class MeshConnector(Connector):
     """Opens connections to one endpoint, and hands out none whose target is not verified."""
 
     def __init__(
@@ -38,6 +46,7 @@ class MeshConnector:
         connect_timeout: float,
         gateway_failed: Callable[[], None],
         count_handshake: Callable[[str], None],
+        open_tls: OpenTls = open_tls,
     ) -> None:
         """`gateway_failed` is called when the gateway's address could not be reached.
 
@@ -48,6 +57,8 @@ class MeshConnector:
         self._timeout = connect_timeout
         self._gateway_failed = gateway_failed
         self._count_handshake = count_handshake
+        self._open_tls = open_tls
+        self._sessions = KnownSessions()
 
     async def connect(self, lane: Lane) -> Upstream:
         """See `Connector`."""
@@ -57,8 +68,9 @@ class MeshConnector:
             async with asyncio.timeout(self._timeout):
                 sock = await self._tcp(lane)
                 stage = "the TLS handshake"
-                upstream = await self._tls(lane, snapshot, sock)
-                peer = self._verify(snapshot, upstream)
+                known = self._sessions.offer(snapshot.generation)
+                upstream = await self._tls(lane, snapshot, sock, known)
+                peer = self._verify(snapshot, upstream, known)
         except TimeoutError:
             if stage == "the TCP connection":
                 self._gateway_failed()
@@ -69,11 +81,17 @@ class MeshConnector:
                 "(MESH_CONNECT_TIMEOUT)"
             ) from None
         except (PeerUntrusted, PeerAppIdMismatch, PeerRejectedUs, TlsFailed) as error:
+            self._sessions.clear()
             self._count_handshake(error.code)
             raise
         self._count_handshake("ok")
         upstream.admit(peer, snapshot.generation)
+        self._sessions.opened(upstream)
         return upstream
+
+    def forgotten(self, upstream: Upstream) -> None:
+        """See `Connector`."""
+        self._sessions.ended(upstream)
 
     def lost(self, exc: Exception | None) -> MeshError:
         """See `Connector`. With TLS 1.3 a refusal of our certificate comes after the handshake."""
@@ -96,16 +114,15 @@ class MeshConnector:
             self._gateway_failed()
             raise ConnectFailed(f"no connection to {self._name()}: {reason(error)}") from error
 
-    async def _tls(self, lane: Lane, snapshot: Snapshot, sock: socket.socket) -> Upstream:
+    async def _tls(
+        self, lane: Lane, snapshot: Snapshot, sock: socket.socket, known: KnownSession | None
+    ) -> Upstream:
         upstream = Upstream(lane)
+        name = self._endpoint.server_name
+        session = known.session if known is not None else None
         try:
-            await lane.worker.loop.create_connection(
-                upstream.as_protocol,
-                sock=sock,
-                ssl=snapshot.client_context,
-                server_hostname=self._endpoint.server_name or "",
-                ssl_handshake_timeout=self._timeout,
-                ssl_shutdown_timeout=_SHUTDOWN_TIMEOUT,
+            await self._open_tls(
+                lane.worker, sock, upstream, snapshot.client_context, name, session
             )
         except ssl.SSLCertVerificationError as error:
             raise PeerUntrusted(
@@ -127,21 +144,28 @@ class MeshConnector:
             )
         return TlsFailed(detail)
 
-    def _verify(self, snapshot: Snapshot, upstream: Upstream) -> PeerIdentity:
+    def _verify(
+        self, snapshot: Snapshot, upstream: Upstream, known: KnownSession | None
+    ) -> PeerIdentity:
         """Give who the target is, or end the connection, on which nothing was sent yet."""
         try:
-            return self._identify(snapshot, upstream)
+            return self._identify(snapshot, upstream, known)
         except BaseException:
             # In order (RFC 8446 6.1), so that the other side sees a handshake and no request,
             # not a connection that failed.
             upstream.transport.close()
             raise
 
-    def _identify(self, snapshot: Snapshot, upstream: Upstream) -> PeerIdentity:
+    def _identify(
+        self, snapshot: Snapshot, upstream: Upstream, known: KnownSession | None
+    ) -> PeerIdentity:
         """Hold the target's verified chain against the chain rules and the app asked for."""
         tls = upstream.transport.get_extra_info("ssl_object")
         try:
-            peer = snapshot.peers.identify(tls, Role.TARGET)
+            if known is not None and tls.session_reused:
+                peer: PeerIdentity | None = known.identify(tls, snapshot.peers)
+            else:
+                peer = snapshot.peers.identify(tls, Role.TARGET)
         except ChainRuleBroken as error:
             raise PeerUntrusted(f"{self._name()}: {error}") from error
         if peer is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -13,14 +12,15 @@ from dstack_mesh.gateway_domain import Gateway
 from dstack_mesh.identity.store import IdentityStore
 from dstack_mesh.model import Address, Target, TcpAddress
 from dstack_mesh.outbound.agent_calls import agent_path, exposed
-from dstack_mesh.outbound.connect import MeshConnector
+from dstack_mesh.outbound.connect import MeshConnector, OpenTls
 from dstack_mesh.outbound.target import endpoint, parse_target
 from dstack_mesh.relay.answers import Answer, json_answer
 from dstack_mesh.relay.dial import PlainConnector, authority
+from dstack_mesh.relay.interfaces import Handler, Plan
+from dstack_mesh.relay.lane import Lane, Route
 from dstack_mesh.relay.pool import Pool
-from dstack_mesh.relay.upstream import Lane, Route
+from dstack_mesh.relay.tls_client import open_tls
 from dstack_mesh.wire.fields import Field
-from dstack_mesh.wire.memo import BlockMemo
 from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
 from dstack_mesh.wire.translate import ResponseRules
 
@@ -40,13 +40,13 @@ class OutboundOptions:
     connect_timeout: float
 
 
-class OutboundPlan:
+class OutboundPlan(Plan):
     """What a request's field lines mean to this side; remembered with them."""
 
-    __slots__ = ("destination", "fields")
+    __slots__ = ("destination",)
 
     def __init__(self, fields: RequestFields) -> None:
-        self.fields = fields
+        super().__init__(fields)
         self.destination: Destination | None = None
 
 
@@ -68,7 +68,7 @@ class Destination:
         self.lane, self.gateway = lane, gateway
 
 
-class OutboundProxy:
+class OutboundProxy(Handler[OutboundPlan]):
     """The handler of all connections of the outbound listener."""
 
     def __init__(
@@ -78,15 +78,14 @@ class OutboundProxy:
         directory: GatewayDirectory,
         options: OutboundOptions,
         count_handshake: Callable[[str], None] = lambda result: None,
+        open_tls: OpenTls = open_tls,
     ) -> None:
         self._pool = pool
         self._identity = identity
         self._directory = directory
         self._options = options
         self._count_handshake = count_handshake
-        self._plans: BlockMemo[OutboundPlan] = BlockMemo(
-            lambda block: OutboundPlan(parse_request_fields(block, 1, _REMOVE))
-        )
+        self._open_tls = open_tls
         self._destinations: dict[tuple[Field, ...], Destination] = {}
         self._target_rules = ResponseRules(remote_errors=True)
         self._agent_rules = ResponseRules(remote_errors=False)
@@ -99,28 +98,23 @@ class OutboundProxy:
 
     # What a connection calls: see `downstream.Handler`.
 
-    def connected(self, transport: asyncio.Transport) -> None:
-        """See `Handler`."""
-
-    def may_persist(self) -> bool:
-        """See `Handler`."""
-        return True
-
     def plan(self, line: RequestLine, block: bytes) -> OutboundPlan:
         """See `Handler`."""
-        if line.minor and line.authority is None:
-            return self._plans.get(block)
         return OutboundPlan(parse_request_fields(block, line.minor, _REMOVE, line.authority))
 
-    def route(self, line: RequestLine, plan: OutboundPlan) -> Route | Answer:
+    def route(
+        self, line: RequestLine, plan: OutboundPlan, last: Route | None = None
+    ) -> Route | Answer:
         """See `Handler`."""
         if plan.fields.removed:
-            return self._to_target(line, plan)
+            return self._to_target(line, plan, last)
         return self._own(line) or self._to_agent(line, plan.fields)
 
     # The three ways.
 
-    def _to_target(self, line: RequestLine, plan: OutboundPlan) -> Route | Answer:
+    def _to_target(
+        self, line: RequestLine, plan: OutboundPlan, last: Route | None = None
+    ) -> Route | Answer:
         destination = plan.destination
         if destination is None:
             said = tuple(plan.fields.removed)
@@ -132,6 +126,8 @@ class OutboundProxy:
         gateway = self._directory.require()
         if destination.gateway is not gateway or destination.lane.retired:
             destination.lead_to(gateway, self._lane(destination.target, gateway))
+        if last is not None and last.lane is destination.lane:
+            return last
         head = _head(line, line.target, plan.fields, destination.host)
         return Route(destination.lane, head, self._target_rules, _REMOVE)
 
@@ -179,6 +175,7 @@ class OutboundProxy:
                 self._options.connect_timeout,
                 self._directory.connection_failed,
                 self._count_handshake,
+                self._open_tls,
             ),
         )
 

@@ -46,7 +46,7 @@ class Reply(asyncio.Protocol):
         if self.finished.done():
             return
         try:
-            self._received += self._response.feed(memoryview(data))
+            self._received += self._response.feed(data)
         except MeshError as error:
             self._fail(error.detail)
             return

@@ -8,13 +8,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from dstack_mesh.log import event
 
 log = logging.getLogger(__name__)
 
-NEVER = math.inf
+NEVER: Final = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,13 @@ class Timeouts:
     """From the request's end to the response's first byte."""
     linger: float = 5.0
     """To let a client read an answer that came before its request had ended."""
+    connect: float = 10.0
+    """For a connection to become free, or to come about."""
+
+    @property
+    def wait(self) -> float:
+        """Give how long a request waits in line; an attempt that is too slow tells more."""
+        return self.connect + 1.0
 
     def tick(self) -> float:
         """Give the sweep's period: fine enough for the shortest of them."""

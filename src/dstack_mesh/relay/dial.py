@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dstack_mesh.errors import ConnectFailed, ConnectTimeout, MeshError, UpstreamClosed
 from dstack_mesh.listen import KEEPALIVE
 from dstack_mesh.model import Address, TcpAddress, UnixAddress
-from dstack_mesh.relay.upstream import Lane, Upstream
+from dstack_mesh.relay.lane import Lane
+from dstack_mesh.relay.upstream import Connector, Upstream
 
 _OPTIONS = (*KEEPALIVE, (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1))  # small writes go at once
 
@@ -48,7 +49,7 @@ async def _connect(loop: asyncio.AbstractEventLoop, family: int, where: object) 
     return sock
 
 
-class PlainConnector:
+class PlainConnector(Connector):
     """Opens plain HTTP connections to one address: the guest agent, or the backend."""
 
     def __init__(

@@ -7,52 +7,69 @@ import contextlib
 import re
 import socket
 import struct
-from typing import Generic, cast
+from typing import Any, Final, Generic
 
 from dstack_mesh.errors import BadRequest, HeaderTooLarge, MeshError, Overloaded, UriTooLong
 from dstack_mesh.relay.answers import Answer, find_request_id, problem
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.exchange import Exchange
-from dstack_mesh.relay.interfaces import Handler, Listener, P
-from dstack_mesh.relay.upstream import Route
-from dstack_mesh.wire.body import Bytes
+from dstack_mesh.relay.interfaces import Client, Decision, Handler, Listener, P
+from dstack_mesh.relay.lane import Route
 from dstack_mesh.wire.fields import has_bare_lf, is_token
 from dstack_mesh.wire.limits import (
     MAX_HEAD_BYTES,
     MAX_REQUEST_LINE_BYTES,
     MAX_REQUEST_TARGET_BYTES,
 )
-from dstack_mesh.wire.request import check_body, parse_request_line
+from dstack_mesh.wire.request import RequestLine, check_body, parse_request_line
 
-_WRITE_HIGH_WATER = 128 * 1024
+_WRITE_HIGH_WATER: Final = 128 * 1024
 _after_empty_lines = re.compile(rb"\A(?:\r\n)+").sub
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+_MAX_REPEATED_BYTES: Final = 2048
+"""What a connection may hold in memory of its last head."""
 
 
-class Downstream(Generic[P]):
+class _Seen(Generic[P]):
+    """A head, and what was made of it: clients repeat themselves, wholly or but for the target.
+
+    Only heads of HTTP/1.1 in origin-form, whose field lines mean the same whatever the first is.
+    """
+
+    __slots__ = ("block", "head", "line", "plan", "route")
+
+    def __init__(
+        self, head: bytes, line: RequestLine, block: bytes, plan: P, route: Route | None
+    ) -> None:
+        self.head = head
+        self.line = line
+        self.block = block
+        """The field lines."""
+        self.plan = plan
+        self.route = route
+        """Where it went; None where the mesh itself gave the answer."""
+
+
+class Downstream(Client, Generic[P]):
     """The server's end of one HTTP/1.1 connection."""
 
     __slots__ = (
         "_exchange",
         "_handler",
         "_head_started",
+        "_last",
         "_lingering",
         "_listener",
         "_paused",
         "_pending",
         "_saw_eof",
         "_tunnel",
-        "deadline",
         "transport",
-        "worker",
-        "writable",
     )
 
     def __init__(self, listener: Listener, handler: Handler[P]) -> None:
-        self.worker = listener.worker
-        self.transport: asyncio.Transport
-        self.deadline = NEVER
-        self.writable = True
+        super().__init__(listener.worker)
+        self.transport: Any = None
         self._listener = listener
         self._handler = handler
         self._exchange: Exchange | None = None
@@ -62,13 +79,13 @@ class Downstream(Generic[P]):
         self._lingering = False
         self._tunnel = False
         self._saw_eof = False
+        self._last: _Seen[P] | None = None
 
     # What asyncio calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.BaseProtocol`."""
-
-        self.transport = cast("asyncio.Transport", transport)
+        self.transport = transport
         self.transport.set_write_buffer_limits(high=_WRITE_HIGH_WATER)
         self.worker.deadlines.watch(self)
         if not self._listener.opened(self):
@@ -80,17 +97,17 @@ class Downstream(Generic[P]):
         patience = timeouts.head if self._listener.draining else timeouts.idle
         self.deadline = self.worker.clock() + patience
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """Lend the worker's read buffer."""
-        return self.worker.buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
+    def data_received(self, data: bytes) -> None:
         """Take what was read."""
         exchange = self._exchange
         if exchange is not None:
-            exchange.request_data(self.worker.buffer[:nbytes])
-        elif not self._lingering:
-            self._head_data(bytes(self.worker.buffer[:nbytes]))
+            exchange.request_data(data)
+        elif self._lingering:
+            pass
+        elif self._last is not None and data == self._last.head and not self._pending:
+            self._repeat(self._last)
+        else:
+            self._head_data(data)
 
     def eof_received(self) -> bool:
         """Let a client that has only finished sending get its answer (plain TCP)."""
@@ -191,18 +208,40 @@ class Downstream(Generic[P]):
     def _begin(self, data: bytes, end: int) -> None:
         eol = data.find(b"\r\n")
         line = parse_request_line(data[:eol])
-        plan = self._handler.plan(line, data[eol + 2 : end + 2])
+        block = data[eol + 2 : end + 2]
+        plain = line.minor == 1 and line.authority is None
+        last = self._last
+        if plain and last is not None and block == last.block:
+            plan = last.plan
+        else:
+            plan = self._handler.plan(line, block)
         check_body(line, plan.fields)
         self._head_started = False
+        rest = data[end + 4 :]
+        exchange, route = self._open(line, plan, None)
+        if rest and exchange.request_done:
+            self.keep_for_later(rest)
+        if plain and end <= _MAX_REPEATED_BYTES:
+            head = data[: end + 4] if rest else data
+            went = route if isinstance(route, Route) else None
+            self._last = _Seen(head, line, block, plan, went)
+        self._go(exchange, route, rest)
+
+    def _repeat(self, last: _Seen[P]) -> None:
+        """Take a head that is the last one again, byte for byte."""
+        exchange, route = self._open(last.line, last.plan, last.route)
+        last.route = route if isinstance(route, Route) else None
+        self._go(exchange, route, b"")
+
+    def _open(self, line: RequestLine, plan: P, last: Route | None) -> tuple[Exchange, Decision]:
         self.deadline = NEVER
         exchange = self._exchange = Exchange(self, line, plan.fields)
         try:
-            route = self._handler.route(line, plan)
+            return exchange, self._handler.route(line, plan, last)
         except MeshError as error:
-            route = problem(error, plan.fields.request_id.decode("latin-1"))
-        rest = data[end + 4 :]
-        if rest and exchange.request_done:
-            self.keep_for_later(rest)
+            return exchange, problem(error, plan.fields.request_id.decode("latin-1"))
+
+    def _go(self, exchange: Exchange, route: Decision, rest: bytes) -> None:
         if isinstance(route, Route):
             exchange.start(route, rest)
         elif isinstance(route, Answer):
@@ -239,7 +278,7 @@ class Downstream(Generic[P]):
             self._paused = False
             self.transport.resume_reading()
 
-    def keep_for_later(self, data: Bytes) -> None:
+    def keep_for_later(self, data: bytes) -> None:
         """Hold bytes behind the request's end, and no more than one read's worth of them."""
         self._pending += data
         self.pause_reading()

@@ -8,35 +8,30 @@ Both bodies stream at once. Whoever reads faster than the other side can write i
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Coroutine
 
 from dstack_mesh.errors import (
     BadRequest,
-    ConnectFailed,
+    ConnectTimeout,
     MeshError,
     ResponseTimeout,
     UpstreamProtocolError,
 )
-from dstack_mesh.log import event
 from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.answers import Answer, problem, settled
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.interfaces import Client
-from dstack_mesh.relay.upstream import Route, Upstream
-from dstack_mesh.wire.body import Bytes
+from dstack_mesh.relay.lane import Route
+from dstack_mesh.relay.upstream import ResponseSink, Upstream
 from dstack_mesh.wire.fields import MalformedError
-from dstack_mesh.wire.framing import Framing
 from dstack_mesh.wire.request import RequestFields, RequestLine
 from dstack_mesh.wire.translate import RequestBody, Response, behind_body
-
-log = logging.getLogger(__name__)
 
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 """RFC 9110 9.2.2."""
 
 
-class Exchange:
+class Exchange(ResponseSink):
     """See the module. Recorded once, when it has ended."""
 
     __slots__ = (
@@ -44,13 +39,12 @@ class Exchange:
         "_client",
         "_early",
         "_response",
-        "_retried",
         "_route",
         "_task",
+        "_waiting",
         "bytes_down",
         "bytes_up",
         "code",
-        "ended",
         "fields",
         "finished",
         "line",
@@ -63,6 +57,7 @@ class Exchange:
     )
 
     def __init__(self, client: Client, line: RequestLine, fields: RequestFields) -> None:
+        super().__init__()
         self._client = client
         self.line = line
         self.fields = fields
@@ -70,8 +65,7 @@ class Exchange:
         self.started = self.worker.clock()
         self.finished = 0.0
         """In the worker's time, as `started`; 0 before the end."""
-        self.request_done = fields.framing is Framing.NONE
-        self.ended = False
+        self.request_done = not fields.has_body
         self.status = 0
         self.code = ""
         """The mesh's own error code, or empty."""
@@ -83,7 +77,7 @@ class Exchange:
         self._response: Response | None = None
         self._body: RequestBody | None = None
         self._early = b""
-        self._retried = False
+        self._waiting = False
         self._task: asyncio.Task[None] | None = None
 
     # The request's way up.
@@ -96,46 +90,39 @@ class Exchange:
             self._early = rest
         upstream = route.lane.take(self.started)
         if upstream is not None:
-            self._attach(upstream)
+            self._attach(upstream, self.started)
         else:
-            self._connect()
+            self._wait(self.started)
 
-    def request_data(self, data: memoryview) -> None:
+    def request_data(self, data: bytes) -> None:
         """Take what the client sent after its head."""
         if self.upstream is None and not self.request_done:
             self._early += data
             self._client.pause_reading()
         elif self.upstream is not None and self._response is not None and self._response.switched:
             self.bytes_up += len(data)
-            self.upstream.write(bytes(data))
+            self.upstream.write(data)
         elif self.request_done:
             self._client.keep_for_later(data)
         else:
             self._send_body(data, b"")
 
-    def _connect(self) -> None:
-        self._task = self.worker.loop.create_task(self._connect_then_attach())
+    def _wait(self, now: float) -> None:
+        self._waiting = True
+        self._client.deadline = now + self.worker.timeouts.wait
+        self._route.lane.wait(self)
 
-    async def _connect_then_attach(self) -> None:
-        lane = self._route.lane
-        try:
-            upstream = await lane.connector.connect(lane)
-        except MeshError as error:
-            if not self.ended:
-                self.fail(error)
-        except Exception as error:
-            event(log, logging.ERROR, "connect_fault", error=repr(error))
-            if not self.ended:
-                self.fail(ConnectFailed("the connection could not be opened; see the log"))
-        else:
-            if self.ended:
-                lane.release(upstream, self.worker.clock())
-            elif upstream.gone:
-                self.fail(lane.connector.lost(upstream.failure))
-            else:
-                self._attach(upstream)
+    def connected(self, upstream: Upstream) -> None:
+        """See `Waiter`."""
+        self._waiting = False
+        self._attach(upstream, self.worker.clock())
 
-    def _attach(self, upstream: Upstream) -> None:
+    def not_connected(self, error: MeshError) -> None:
+        """See `Waiter`."""
+        self._waiting = False
+        self.fail(error)
+
+    def _attach(self, upstream: Upstream, now: float) -> None:
         """Send the head, and what is there of the body, on a connection that is ready."""
         line = self.line
         self.upstream = upstream
@@ -144,15 +131,15 @@ class Exchange:
         self._response = Response(line.method, line.minor, self.fields.upgrade, self._route.rules)
         if self.request_done:
             upstream.write(self._route.head)
-            now = self.worker.clock() if self._retried or self._task is not None else self.started
             self._client.deadline = now + self.worker.timeouts.response
             return
+        self._client.deadline = NEVER
         early, self._early = self._early, b""
         self._send_body(early, self._route.head)
         if not self.ended and upstream.writable:
             self._client.resume_reading()
 
-    def _send_body(self, data: Bytes, head: bytes) -> None:
+    def _send_body(self, data: bytes, head: bytes) -> None:
         assert self._body is not None  # noqa: S101 - there is one until the request is done
         assert self.upstream is not None  # noqa: S101 - callers have looked
         try:
@@ -175,13 +162,13 @@ class Exchange:
 
     # The response's way down.
 
-    def response_data(self, data: memoryview) -> None:
+    def response_data(self, data: bytes) -> None:
         """Take what the upstream sent."""
         response = self._response
         assert response is not None  # noqa: S101 - made when the upstream was attached
         if response.switched:
             self.bytes_down += len(data)
-            self._client.write(bytes(data))
+            self._client.write(data)
             return
         first = not response.status
         if first:
@@ -244,9 +231,8 @@ class Exchange:
             self._client.write(tail)
             self._finish(response)
         elif self._may_retry(upstream, response):
-            self._retried = True
-            self._client.deadline = NEVER
-            self._connect()
+            self.fresh_only = True
+            self._wait(self.worker.clock())
         else:
             self.fail(self._route.lane.connector.lost(exc))
 
@@ -255,7 +241,7 @@ class Exchange:
         # proxy repeat only what is idempotent; a body is not kept, so only without one.
         return (
             upstream.reused
-            and not self._retried
+            and not self.fresh_only
             and not response.touched
             and self._body is None
             and self.line.method in _IDEMPOTENT
@@ -310,7 +296,15 @@ class Exchange:
         self.answer(problem(error, self.fields.request_id.decode("latin-1")))
 
     def timed_out(self) -> None:
-        """Fail for want of a response."""
+        """Fail for want of a connection, or of a response."""
+        if self._waiting:
+            seconds = self.worker.timeouts.connect
+            self.fail(
+                ConnectTimeout(
+                    f"no connection became free within {seconds:g} s (MESH_CONNECT_TIMEOUT)"
+                )
+            )
+            return
         seconds = self.worker.timeouts.response
         self.fail(
             ResponseTimeout(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 
-from dstack_mesh.relay.upstream import Connector, Lane
+from dstack_mesh.relay.lane import Lane
+from dstack_mesh.relay.upstream import Connector
 from dstack_mesh.relay.worker import Worker
 
 MAX_LANES = 1024
@@ -32,8 +33,13 @@ class Pool:
         for lane in list(self._lanes.values()):
             lane.drain()
 
+    def close(self) -> None:
+        """Give up what is being opened."""
+        for lane in self._lanes.values():
+            lane.close()
+
     def _retire_unused(self) -> None:
         for key, lane in list(self._lanes.items()):
-            if not lane.open:
+            if not lane.in_use:
                 lane.retired = True
                 del self._lanes[key]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import cast
 
 from dstack_mesh.relay.downstream import Downstream
 from dstack_mesh.relay.exchange import Exchange
-from dstack_mesh.relay.interfaces import Connection, Handler, P
+from dstack_mesh.relay.interfaces import Client, Handler, Listener, P
 from dstack_mesh.relay.tally import Tally
 from dstack_mesh.relay.worker import Worker
 
@@ -16,7 +15,7 @@ Recorder = Callable[[str, Exchange], None]
 """Called once for each exchange, with its direction, when it has ended."""
 
 
-class Service:
+class Service(Listener):
     """All connections that one listener has accepted and that are still open."""
 
     def __init__(
@@ -29,21 +28,18 @@ class Service:
         record: Recorder | None = None,
     ) -> None:
         """Exchanges are counted in `tally`, and told to `record`, where there are such."""
-        self.worker = worker
+        super().__init__(worker)
         self.direction = direction
         self._tally = tally
-        self.draining = False
-        self.connections: set[Connection] = set()
+        self.connections: set[Client] = set()
         self._max_connections = max_connections
         self._record = record
         self._empty = asyncio.Event()
         self._empty.set()
 
-    def protocol(self, handler: Handler[P]) -> asyncio.BaseProtocol:
+    def protocol(self, handler: Handler[P]) -> Downstream[P]:
         """Make the protocol of one accepted connection."""
-        # It has what a BufferedProtocol has; event loops ask for no more, and a compiled class
-        # cannot have a base that is not compiled.
-        return cast("asyncio.BaseProtocol", Downstream(self, handler))
+        return Downstream(self, handler)
 
     def has_room(self) -> bool:
         """Tell whether another connection is within the limit."""
@@ -63,7 +59,7 @@ class Service:
 
     # What connections call: see `downstream.Listener`.
 
-    def opened(self, connection: Connection) -> bool:
+    def opened(self, connection: Client) -> bool:
         """Enter a connection in the books; `False` when there is no room for it."""
         if not self.has_room():
             return False
@@ -71,7 +67,7 @@ class Service:
         self._empty.clear()
         return True
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: Client) -> None:
         """Take a connection off the books."""
         self.connections.discard(connection)
         if not self.connections:

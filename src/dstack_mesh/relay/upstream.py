@@ -1,54 +1,83 @@
-"""Connections to where requests go, and the idle ones of each destination."""
+"""A connection to where requests go."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Any, Final
 
 from dstack_mesh.errors import MeshError
 from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.deadlines import NEVER
-from dstack_mesh.relay.worker import Worker
-from dstack_mesh.wire.translate import ResponseRules
+from dstack_mesh.relay.stream import StreamProtocol
 
-_WRITE_HIGH_WATER = 128 * 1024
+if TYPE_CHECKING:
+    from dstack_mesh.relay.lane import Lane
+
+_WRITE_HIGH_WATER: Final = 128 * 1024
 """Bytes a transport may hold before its source is paused."""
 
 
-class ResponseSink(Protocol):
+class Waiter:
+    """A request that waits for a connection."""
+
+    __slots__ = ("ended", "fresh_only")
+
+    def __init__(self) -> None:
+        self.fresh_only = False
+        """Whether a connection that was used before will not do: the request is sent again."""
+        self.ended = False
+        """Whether the request has come to its end, and wants nothing any more."""
+
+    def connected(self, upstream: Upstream) -> None:
+        """Take the connection."""
+        raise NotImplementedError
+
+    def not_connected(self, error: MeshError) -> None:
+        """Learn that there will be none."""
+        raise NotImplementedError
+
+
+class ResponseSink(Waiter):
     """What an upstream connection tells the exchange that it carries."""
 
-    def response_data(self, data: memoryview) -> None:
-        """Take what was read; `data` is valid during the call only."""
-        ...
+    __slots__ = ()
+
+    def response_data(self, data: bytes) -> None:
+        """Take what was read."""
+        raise NotImplementedError
 
     def upstream_lost(self, upstream: Upstream, exc: Exception | None) -> None:
         """Learn that the connection is gone; `upstream.clean_end` tells how."""
-        ...
+        raise NotImplementedError
 
     def upstream_writable(self, writable: bool) -> None:
         """Pause or resume the request's source."""
-        ...
+        raise NotImplementedError
 
 
-class Connector(Protocol):
+class Connector:
     """Opens connections to one destination, ready to carry requests."""
+
+    __slots__ = ()
 
     async def connect(self, lane: Lane) -> Upstream:
         """Open a connection; for a mesh target, verified. Raises a `MeshError`."""
-        ...
+        raise NotImplementedError
 
     def lost(self, exc: Exception | None) -> MeshError:
         """Name the error of a connection that ended before a response began."""
-        ...
+        raise NotImplementedError
+
+    def forgotten(self, upstream: Upstream) -> None:
+        """Learn that a connection that was ready is gone."""
 
     def generation(self) -> int:
         """Give the number that a connection must have been made under to be used again."""
-        ...
+        raise NotImplementedError
 
 
-class Upstream:
+class Upstream(StreamProtocol):
     """The client's end of one HTTP/1.1 connection. Carries one exchange at a time."""
 
     __slots__ = (
@@ -70,7 +99,7 @@ class Upstream:
 
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
-        self.transport: asyncio.Transport
+        self.transport: Any = None
         self.exchange: ResponseSink | None = None
         self.writable = True
         self.clean_end = False
@@ -120,30 +149,18 @@ class Upstream:
 
     # What asyncio calls.
 
-    def as_protocol(self) -> asyncio.BaseProtocol:
-        """Give itself to an event loop: it has what a BufferedProtocol has.
-
-        It is none by its bases, since a compiled class cannot have one that is not compiled.
-        """
-        return cast("asyncio.BaseProtocol", self)
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.BaseProtocol`."""
-
-        self.transport = cast("asyncio.Transport", transport)
+        self.transport = transport
         self.transport.set_write_buffer_limits(high=_WRITE_HIGH_WATER)
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """Lend the worker's read buffer."""
-        return self.lane.worker.buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
+    def data_received(self, data: bytes) -> None:
         """Hand what was read to the exchange; bytes nobody asked for end the connection."""
         exchange = self.exchange
         if exchange is None:
             self.transport.abort()
         else:
-            exchange.response_data(self.lane.worker.buffer[:nbytes])
+            exchange.response_data(data)
 
     def eof_received(self) -> bool:
         """Note the orderly end; the transport closes itself."""
@@ -180,73 +197,3 @@ class Upstream:
             self.transport.abort()
         elif self.exchange is None:
             self.close()
-
-
-class Lane:
-    """The connections to one destination: most recently used first."""
-
-    __slots__ = ("connector", "idle", "open", "retired", "worker")
-
-    def __init__(self, worker: Worker, connector: Connector) -> None:
-        self.worker = worker
-        self.connector = connector
-        self.idle: list[Upstream] = []
-        self.open = 0
-        """Connections, idle and busy."""
-        self.retired = False
-        """Whether the pool has let go of the lane: whoever remembers it should ask again."""
-
-    def take(self, now: float) -> Upstream | None:
-        """Give an idle connection that may be used, if there is one."""
-        idle = self.idle
-        if not idle:
-            return None
-        generation = self.connector.generation()
-        while idle:
-            upstream = idle.pop()
-            upstream.deadline = NEVER
-            if upstream.usable(now, generation):
-                upstream.reused = True
-                return upstream
-            upstream.transport.close()
-        return None
-
-    def release(self, upstream: Upstream, now: float) -> None:
-        """Take back a connection whose exchange ended well."""
-        if upstream.usable(now, self.connector.generation()) and not self.retired:
-            upstream.deadline = min(now + self.worker.upstream_idle, upstream.expires_at)
-            self.idle.append(upstream)
-        else:
-            upstream.transport.close()
-
-    def forget(self, upstream: Upstream) -> None:
-        """Drop a connection that is gone."""
-        if upstream.admitted:
-            self.open -= 1
-        self.worker.forget_upstream(upstream)
-        if upstream.exchange is None and upstream in self.idle:
-            self.idle.remove(upstream)
-
-    def drain(self) -> None:
-        """Close the idle connections that may not be used any more."""
-        now = self.worker.clock()
-        generation = self.connector.generation()
-        stale = [one for one in self.idle if not one.usable(now, generation)]
-        for one in stale:
-            self.idle.remove(one)
-            one.transport.close()
-
-
-class Route:
-    """Where a request goes and how it is to look there."""
-
-    __slots__ = ("head", "lane", "remove_trailers", "rules")
-
-    def __init__(
-        self, lane: Lane, head: bytes, rules: ResponseRules, remove_trailers: frozenset[bytes]
-    ) -> None:
-        self.lane = lane
-        self.head = head
-        """The complete head to send, blank line included."""
-        self.rules = rules
-        self.remove_trailers = remove_trailers

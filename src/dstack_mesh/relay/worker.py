@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from dstack_mesh.relay.deadlines import Deadlines, Expiring, Timeouts
 
@@ -20,7 +20,7 @@ _MAX_AGE = 60 * 60.0
 class UpstreamConnection(Expiring, Protocol):
     """A connection in a worker's books."""
 
-    transport: asyncio.Transport
+    transport: Any
     expires_at: float
 
 
@@ -38,7 +38,7 @@ class Worker:
         """Seconds, monotonic. Finer than the loop's own time, which may count milliseconds."""
         self.timeouts = timeouts
         self.buffer = memoryview(bytearray(READ_BUFFER_BYTES))
-        """Lent to a connection for the time of one read; nothing may keep a view of it."""
+        """What TLS decrypts into; nothing may keep a view of it."""
         self.deadlines = Deadlines(loop, timeouts.tick(), clock)
         # A little less than our own inbound idle timeout, which the target's mesh likely has too:
         # the side that uses the connection should be the first to let it go.

@@ -22,8 +22,6 @@ from dstack_mesh.wire.limits import (
     MAX_HEAD_BYTES,
 )
 
-Bytes = bytes | memoryview
-
 # Extensions are read over and not passed on; RFC 9112 7.1.1 lets a recipient ignore them. Quotes
 # must be closed in them: some readers let a line end stand inside.
 _chunk_line = re.compile(
@@ -43,7 +41,7 @@ class Decoder(Protocol):
     trailers: bytes
     """Field lines to go on behind the body, once it is done."""
 
-    def feed(self, data: Bytes) -> tuple[Bytes, int]:
+    def feed(self, data: bytes) -> tuple[bytes, int]:
         """Give the payload found in `data` and the count of bytes taken of it.
 
         Raises `MalformedError` where the body breaks its framing.
@@ -61,7 +59,7 @@ class LengthDecoder:
         self.done = length == 0
         self.trailers = b""
 
-    def feed(self, data: Bytes) -> tuple[Bytes, int]:
+    def feed(self, data: bytes) -> tuple[bytes, int]:
         """See `Decoder`."""
         size = len(data)
         if size < self.remaining:
@@ -82,7 +80,7 @@ class CloseDecoder:
         self.done = False
         self.trailers = b""
 
-    def feed(self, data: Bytes) -> tuple[Bytes, int]:
+    def feed(self, data: bytes) -> tuple[bytes, int]:
         """See `Decoder`."""
         return data, len(data)
 
@@ -105,9 +103,9 @@ class ChunkedDecoder:
         self.done = False
         self.trailers = b""
 
-    def feed(self, data: Bytes) -> tuple[Bytes, int]:
+    def feed(self, data: bytes) -> tuple[bytes, int]:
         """See `Decoder`."""
-        payload: list[Bytes] = []
+        payload: list[bytes] = []
         at, size = 0, len(data)
         while at < size and not self.done:
             if self._state == self._DATA:
@@ -118,9 +116,9 @@ class ChunkedDecoder:
                 if self._remaining == 0:
                     self._state = self._DATA_END
             elif self._state == self._TRAILERS:
-                at += self._feed_trailers(bytes(data[at:]))
+                at += self._feed_trailers(data[at:])
             else:
-                at += self._feed_line(bytes(data[at : at + MAX_CHUNK_LINE_BYTES + 2]))
+                at += self._feed_line(data[at : at + MAX_CHUNK_LINE_BYTES + 2])
         return (payload[0] if len(payload) == 1 else b"".join(payload)), at
 
     def _feed_line(self, data: bytes) -> int:

@@ -23,10 +23,6 @@ _field_lines = re.compile(
 _length_line = re.compile(rb"^(content-length: )[0-9]++", re.IGNORECASE | re.MULTILINE).sub
 _is_token = re.compile(TOKEN + rb"++").fullmatch
 
-_CONTROLS = bytes((*range(9), *range(0x0A, 0x20), 0x7F))
-_ORDINARY, _SPECIAL, _NO_NAME = 0, 1, 2
-_MAX_KNOWN, _MAX_KNOWN_BYTES = 1024, 64
-
 HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding", b"upgrade")
 )
@@ -72,56 +68,6 @@ class MalformedError(ValueError):
 
 class TooLargeError(MalformedError):
     """A limit of `wire.limits` is exceeded."""
-
-
-class NormalForm:
-    """Finds what matters in blocks whose lines are all as `serialise` writes them, as most are.
-
-    Names come again and again, so each is understood once; fields that only pass are not taken
-    apart.
-    """
-
-    __slots__ = ("_kinds", "_special")
-
-    def __init__(self, special: frozenset[bytes]) -> None:
-        """`special` are the names, by their `likeness`, of the fields that are wanted."""
-        self._special = special
-        self._kinds: dict[bytes, int] = {}
-
-    def special_fields(self, block: bytes) -> list[Field] | None:
-        """Give the wanted fields; None for a block that is malformed or not in normal form."""
-        lines = block.split(b"\r\n")
-        count = len(lines) - 1
-        # Of control bytes there are only the line ends, and no value has blanks around it.
-        if count > MAX_FIELDS or len(block) - len(block.translate(None, _CONTROLS)) != 2 * count:
-            return None
-        if b":  " in block or b": \t" in block or b" \r" in block or b"\t\r" in block:
-            return None
-        if lines.pop():
-            return None
-        found: list[Field] = []
-        for line in lines:
-            name, _, value = line.partition(b": ")
-            kind = self._kinds.get(name)
-            if kind is None:
-                kind = self._learn(name)
-            if kind != _ORDINARY:
-                if kind == _NO_NAME:
-                    return None
-                found.append((name, value))
-            if not value:
-                return None
-        return found
-
-    def _learn(self, name: bytes) -> int:
-        if not is_token(name):
-            return _NO_NAME
-        kind = _SPECIAL if likeness(name) in self._special else _ORDINARY
-        if len(name) <= _MAX_KNOWN_BYTES:
-            if len(self._kinds) >= _MAX_KNOWN:
-                self._kinds.clear()
-            self._kinds[name] = kind
-        return kind
 
 
 def without(block: bytes, fields: list[Field]) -> bytes:

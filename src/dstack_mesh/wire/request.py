@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import cache
+from typing import Final
 
 from dstack_mesh.errors import BadRequest, HeaderTooLarge, UriTooLong
 from dstack_mesh.wire.fields import (
@@ -12,7 +12,6 @@ from dstack_mesh.wire.fields import (
     TOKEN,
     Field,
     MalformedError,
-    NormalForm,
     TooLargeError,
     likeness,
     list_members,
@@ -29,6 +28,7 @@ from dstack_mesh.wire.framing import (
     request_framing,
 )
 from dstack_mesh.wire.limits import MAX_REQUEST_LINE_BYTES, MAX_REQUEST_TARGET_BYTES
+from dstack_mesh.wire.usual import Usual, UsualHeads
 
 # RFC 9112 section 3: one space between the parts. A fragment is never part of a request target.
 _request_line = re.compile(rb"(" + TOKEN + rb"++) ([!\"$-~]++) HTTP/1\.([01])").fullmatch
@@ -60,9 +60,10 @@ class RequestFields:
     """What a request's field lines say, whatever its first line is. Never changed once made."""
 
     __slots__ = (
-        "_options",
+        "_keeps",
         "forwarded",
         "framing",
+        "has_body",
         "host",
         "length",
         "nominated",
@@ -78,7 +79,7 @@ class RequestFields:
         framing: Framing,
         length: int,
         host: bytes | None,
-        options: frozenset[bytes],
+        keeps: tuple[bool, bool],
         upgrade: bytes,
         removed: list[Field],
         request_id: bytes,
@@ -87,10 +88,11 @@ class RequestFields:
         self.forwarded = forwarded
         """Field lines that go on, in their order, each ended by CRLF."""
         self.framing = framing
+        self.has_body = framing is not Framing.NONE
         self.length = length
         """The body's bytes where `framing` is LENGTH."""
         self.host = host
-        self._options = options
+        self._keeps = keeps
         self.upgrade = upgrade
         """The protocols asked for, without those the mesh cannot carry; empty for none."""
         self.removed = removed
@@ -102,7 +104,7 @@ class RequestFields:
 
     def persists(self, minor: int) -> bool:
         """Tell whether the client keeps its connection open after this exchange."""
-        return persists(minor, self._options)
+        return self._keeps[minor]
 
 
 def parse_request_line(line: bytes) -> RequestLine:
@@ -116,8 +118,8 @@ def parse_request_line(line: bytes) -> RequestLine:
     return _parse_rare_line(line)
 
 
-_METHODS = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH"))
-_TARGET_BYTES = bytes(byte for byte in range(0x21, 0x7F) if byte != 0x23)
+_METHODS: Final = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH"))
+_TARGET_BYTES: Final = bytes(byte for byte in range(0x21, 0x7F) if byte != 0x23)
 
 
 def _parse_rare_line(line: bytes) -> RequestLine:
@@ -154,7 +156,7 @@ def _from_absolute_form(method: bytes, target: bytes, minor: int) -> RequestLine
 
 def check_body(line: RequestLine, fields: RequestFields) -> None:
     """Refuse a body where readers are known not to look for one. Raises `BadRequest`."""
-    if fields.framing is Framing.NONE:
+    if not fields.has_body:
         return
     if line.method == b"TRACE":
         raise BadRequest("a TRACE request with a body (RFC 9110 9.3.8)")
@@ -175,9 +177,13 @@ def parse_request_fields(
     `authority`, where given, takes the place of `Host`. Raises `BadRequest`, `HeaderTooLarge`.
     """
     try:
-        found = _normal_form(remove).special_fields(block)
-        if found is not None:
-            return _understand(found, block, minor, remove, authority)
+        if authority is None:
+            heads = _usual_heads.get(remove)
+            if heads is None:
+                heads = _usual_heads.setdefault(remove, UsualHeads(remove))
+            usual = heads.read(block)
+            if usual is not None and not (usual.chunked and minor == 0):
+                return _usual(usual, minor)
         fields = parse_fields(block)
         return _understand(fields, serialise(fields), minor, remove, authority)
     except TooLargeError as error:
@@ -209,12 +215,13 @@ def _understand(
                 dropped.append(field)
         elif alike in NO_LOOKALIKES:
             raise MalformedError(f"a field that some readers take for `{alike.decode('ascii')}`")
-    options = connection_options(read.get(b"connection", []))
+    connection = read.get(b"connection")
+    options = connection_options(connection) if connection else _NONE
     declared, length = declared_framing(
         read.get(b"content-length", []), read.get(b"transfer-encoding", []), minor
     )
-    upgrade = _upgrade(read.get(b"upgrade", []), options, minor)
-    nominated = options - _READ_OPTIONS
+    upgrade = _upgrade(read.get(b"upgrade", []), options, minor) if options else b""
+    nominated = options - _READ_OPTIONS if options else _NONE
     if nominated:
         dropped += [field for field in parse_fields(normal) if field[0].lower() in nominated]
     host = _host(read.get(b"host", []), minor)
@@ -235,20 +242,64 @@ def _understand(
         framing=request_framing(declared, length),
         length=length,
         host=host,
-        options=options,
+        keeps=(persists(0, options), persists(1, options)),
         upgrade=upgrade,
         removed=removed,
         request_id=ids[0] if ids else b"",
-        nominated=frozenset(map(likeness, nominated)),
+        nominated=frozenset(map(likeness, nominated)) if nominated else _NONE,
     )
 
 
-@cache
-def _normal_form(remove: frozenset[bytes]) -> NormalForm:
-    return NormalForm(_READ | NO_LOOKALIKES | remove)
+_usual_heads: Final[dict[frozenset[bytes], UsualHeads]] = {}
+"""By what is removed: there are two or three such sets."""
 
 
-_READ = frozenset(
+def _usual(usual: Usual, minor: int) -> RequestFields:
+    """Do as `_understand` does, for what is usual."""
+    host = usual.host
+    if host is None:
+        if minor == 1:
+            raise MalformedError(_NO_HOST)
+    elif host not in _known_hosts:
+        if not _valid_host(host):
+            raise MalformedError(_BAD_HOST)
+        if len(_known_hosts) >= _MAX_KNOWN_HOSTS:
+            _known_hosts.clear()
+        if len(host) <= _MAX_KNOWN_HOST_BYTES:
+            _known_hosts.add(host)
+    forwarded, framing = usual.rest, Framing.NONE
+    if usual.chunked:
+        framing = Framing.CHUNKED
+        forwarded += b"Transfer-Encoding: chunked\r\n"
+    elif usual.length > 0:
+        framing = Framing.LENGTH
+    return RequestFields(
+        forwarded=forwarded,
+        framing=framing,
+        length=max(usual.length, 0),
+        host=host,
+        keeps=_KEEPS_CLOSE if usual.close else _KEEPS_ALIVE if usual.keep_alive else _KEEPS,
+        upgrade=b"",
+        removed=usual.removed,
+        request_id=usual.request_id,
+        nominated=_NONE,
+    )
+
+
+_KEEPS: Final = (False, True)
+"""Whether a client of HTTP/1.0 and 1.1 keeps its connection open, where it does not say."""
+_KEEPS_ALIVE: Final = (True, True)
+_KEEPS_CLOSE: Final = (False, False)
+
+_known_hosts: Final[set[bytes]] = set()
+"""Values of `Host` that were found valid."""
+_MAX_KNOWN_HOSTS: Final = 256
+_MAX_KNOWN_HOST_BYTES: Final = 255
+_NO_HOST: Final = "no Host field"
+_BAD_HOST: Final = "a Host that is not a host and port"
+
+
+_READ: Final = frozenset(
     (
         b"connection",
         b"content-length",
@@ -261,16 +312,17 @@ _READ = frozenset(
         b"x-request-id",
     )
 )
-_READ_OPTIONS = frozenset((b"close",)) | HOP_BY_HOP
+_READ_OPTIONS: Final = frozenset((b"close",)) | HOP_BY_HOP
+_NONE: Final[frozenset[bytes]] = frozenset()
 
 
 def _host(values: list[bytes], minor: int) -> bytes | None:
     if len(values) > 1:
         raise MalformedError(f"{len(values)} Host fields; one is accepted")
     if not values and minor == 1:
-        raise MalformedError("no Host field")
+        raise MalformedError(_NO_HOST)
     if values and not _valid_host(values[0]):
-        raise MalformedError("a Host that is not a host and port")
+        raise MalformedError(_BAD_HOST)
     return values[0] if values else None
 
 

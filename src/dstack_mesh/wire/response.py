@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from dstack_mesh.errors import UpstreamProtocolError
 from dstack_mesh.wire.fields import (
@@ -22,6 +23,7 @@ from dstack_mesh.wire.framing import (
     declared_framing,
     persists,
 )
+from dstack_mesh.wire.usual import Usual, UsualHeads
 
 # RFC 9112 section 4; the space before an absent reason may be missing, as many servers have it.
 _status_line = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*+))?").fullmatch
@@ -88,6 +90,12 @@ def parse_response_fields(block: bytes, minor: int, remove: frozenset[bytes]) ->
     `remove` holds the names (by `likeness`) that are taken out and handed over in `removed`.
     Raises `UpstreamProtocolError`.
     """
+    heads = _usual_heads.get(remove)
+    if heads is None:
+        heads = _usual_heads.setdefault(remove, UsualHeads(remove))
+    usual = heads.read(block)
+    if usual is not None and usual.host is None and not (usual.chunked and minor == 0):
+        return _usual(usual)
     try:
         return _understand(parse_fields(block), minor, remove)
     except MalformedError as error:
@@ -96,6 +104,33 @@ def parse_response_fields(block: bytes, minor: int, remove: frozenset[bytes]) ->
 
 _READ = (b"connection", b"content-length", b"transfer-encoding", b"upgrade")
 _READ_OPTIONS = frozenset((b"close",)) | HOP_BY_HOP
+
+
+_usual_heads: Final[dict[frozenset[bytes], UsualHeads]] = {}
+"""By what is removed."""
+
+
+def _usual(usual: Usual) -> ResponseFields:
+    """Do as `_understand` does, for what is usual."""
+    declared: Framing | None = None
+    if usual.chunked:
+        declared = Framing.CHUNKED
+    elif usual.length >= 0:
+        declared = Framing.LENGTH
+    return ResponseFields(
+        forwarded=usual.rest,
+        declared=declared,
+        length=max(usual.length, 0),
+        options=_OPTION_CLOSE if usual.close else _OPTION_KEEP if usual.keep_alive else _NONE,
+        upgrade=b"",
+        removed=usual.removed,
+        nominated=_NONE,
+    )
+
+
+_NONE: Final[frozenset[bytes]] = frozenset()
+_OPTION_CLOSE: Final = frozenset((b"close",))
+_OPTION_KEEP: Final = frozenset((b"keep-alive",))
 
 
 def _understand(fields: list[Field], minor: int, remove: frozenset[bytes]) -> ResponseFields:

@@ -6,7 +6,6 @@ import re
 
 from dstack_mesh.errors import UpstreamProtocolError
 from dstack_mesh.wire.body import (
-    Bytes,
     CloseDecoder,
     Decoder,
     LengthDecoder,
@@ -44,10 +43,9 @@ class RequestBody:
         """Whether the body is complete."""
         return self._decoder.done
 
-    def feed(self, data: Bytes) -> tuple[bytes, int]:
+    def feed(self, data: bytes) -> tuple[bytes, int]:
         """Give the bytes to send and the count of bytes taken. Raises `MalformedError`."""
-        payload, taken = self._decoder.feed(data)
-        out = bytes(payload)
+        out, taken = self._decoder.feed(data)
         if self._chunked:
             out = chunk(out)
             if self._decoder.done:
@@ -55,22 +53,24 @@ class RequestBody:
         return out, taken
 
 
-def behind_body(fields: RequestFields, data: Bytes) -> bytes | None:
+def behind_body(fields: RequestFields, data: bytes) -> bytes | None:
     """Give what follows a request's body that `data` holds whole; None where it does not."""
     body = RequestBody(fields, frozenset())
     try:
         _, taken = body.feed(data)
     except MalformedError:
         return None
-    return bytes(data[taken:]) if body.done else None
+    return data[taken:] if body.done else None
 
 
 class ResponseHead:
     """What a response's head says, and what of it goes on. Never changed once made."""
 
-    __slots__ = ("fields", "keeps", "line", "plain")
+    __slots__ = ("fields", "keeps", "line", "plain", "text")
 
-    def __init__(self, line: StatusLine, fields: ResponseFields) -> None:
+    def __init__(self, text: bytes, line: StatusLine, fields: ResponseFields) -> None:
+        self.text = text
+        """As it came."""
         self.line = line
         self.fields = fields
         self.keeps = fields.persists(line.minor)
@@ -85,12 +85,14 @@ class ResponseHead:
 class ResponseRules:
     """What becomes of response fields in one direction: names to take out, and one to mark."""
 
-    __slots__ = ("_memo", "_remote_errors", "remove")
+    __slots__ = ("_memo", "_remote_errors", "last_plain", "remove")
 
     def __init__(self, *, remote_errors: bool) -> None:
         """`remote_errors`: keep another mesh's error header, marked as such, or take it out."""
         self._remote_errors = remote_errors
         self.remove = frozenset((b"x-dstack-mesh-error",))
+        self.last_plain: ResponseHead | None = None
+        """The ordinary head that came last: servers answer the same again."""
         self._memo: BlockMemo[ResponseHead] = BlockMemo(self._parse)
 
     def head(self, text: bytes) -> ResponseHead:
@@ -105,7 +107,7 @@ class ResponseRules:
             for name, value in fields.removed:
                 if name == b"x-dstack-mesh-error" and _is_error_code(value):
                     fields.forwarded += b"x-dstack-mesh-error: %b; remote\r\n" % value
-        return ResponseHead(line, fields)
+        return ResponseHead(text, line, fields)
 
 
 class Response:
@@ -150,20 +152,25 @@ class Response:
         """Set before the final head comes; turned off where only closing can end the body."""
         self.keep_upstream = False
 
-    def feed(self, data: memoryview) -> bytes:
+    def feed(self, data: bytes) -> bytes:
         """Give the bytes to send for what was read. Raises `UpstreamProtocolError`."""
         if self._decoder is not None:
             return self._body(data, self._decoder)
         self.touched = True
+        if not self._partial and self._may_be_plain():
+            last = self._rules.last_plain
+            if last is not None and data.startswith(last.text):
+                return self._plain(last, data[len(last.text) :])
         seen = len(self._partial)
-        text = self._partial + bytes(data) if seen else bytes(data)
+        text = self._partial + data if seen else data
         out = b""
         while (end := text.find(b"\r\n\r\n", max(0, seen - 3))) >= 0:
             if end + 4 > MAX_HEAD_BYTES:
                 raise UpstreamProtocolError(_HEAD_TOO_LARGE)
             head = self._rules.head(text[: end + 4])
             text = text[end + 4 :]
-            if head.plain and self._client_minor and self.keep_client and self._method != b"HEAD":
+            if head.plain and self._may_be_plain():
+                self._rules.last_plain = head
                 return out + self._plain(head, text)
             seen = 0
             line, fields = head.line, head.fields
@@ -176,6 +183,10 @@ class Response:
             out += self._interim(line, fields)
         self._hold(text, seen)
         return out
+
+    def _may_be_plain(self) -> bool:
+        """Tell whether a head needs nothing added, and its body is as it declares."""
+        return self._client_minor == 1 and self.keep_client and self._method != b"HEAD"
 
     def end(self, clean: bool) -> bytes | None:
         """Give the last bytes to send now that the connection has ended; `None`: broken off."""
@@ -260,12 +271,11 @@ class Response:
         self._decoder = decoder(framing, fields.length, self._rules.remove | fields.nominated)
         return out + self._body(rest, self._decoder) if rest else out
 
-    def _body(self, data: Bytes, body: Decoder) -> bytes:
+    def _body(self, data: bytes, body: Decoder) -> bytes:
         try:
-            payload, taken = body.feed(data)
+            out, taken = body.feed(data)
         except MalformedError as error:
             raise UpstreamProtocolError(f"the response's body has {error}") from error
-        out = bytes(payload)
         if self._rechunk:
             out = chunk(out)
             if body.done:
@@ -277,7 +287,7 @@ class Response:
     def _end(self, *, excess: bool) -> None:
         self.done = True
         if excess:
-            # Bytes that answer no request: nothing on that connection can be believed any more.
+            # bytes that answer no request: nothing on that connection can be believed any more.
             self.keep_upstream = False
 
 

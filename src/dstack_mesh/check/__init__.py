@@ -1,0 +1,1 @@
+"""What works here and what does not: each check gives data, and `cli.check` shows it."""

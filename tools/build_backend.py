@@ -1,0 +1,96 @@
+"""The build backend: hatchling's, and wheels with the data plane compiled where that is possible.
+
+mypyc turns the modules of `COMPILED` to C. Where there is no C compiler, or `DSTACK_MESH_PURE=1` is
+set, the wheel is pure Python, which is slower and otherwise the same. Editable installs are always
+pure. See docs/adr/0007-compiled-data-plane.md.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from hatchling import build as hatchling
+from hatchling.build import (
+    build_editable as build_editable,
+)
+from hatchling.build import (
+    build_sdist as build_sdist,
+)
+from hatchling.build import (
+    get_requires_for_build_editable as get_requires_for_build_editable,
+)
+from hatchling.build import (
+    get_requires_for_build_sdist as get_requires_for_build_sdist,
+)
+
+COMPILED = (
+    "dstack_mesh/wire/*.py",
+    "dstack_mesh/wire/*.c",
+    "dstack_mesh/relay/*.py",
+    "dstack_mesh/policy/*.py",
+    "dstack_mesh/dstack/gateway.py",
+    "dstack_mesh/identity/peers.py",
+    "dstack_mesh/identity/store.py",
+    "dstack_mesh/inbound/auth_service.py",
+    "dstack_mesh/inbound/terminator.py",
+    "dstack_mesh/ops/admin.py",
+    "dstack_mesh/outbound/connect.py",
+    "dstack_mesh/outbound/proxy.py",
+)
+"""What a request passes through, and what is called for each."""
+
+GROUP = "dstack_mesh"
+"""All modules are one library, `GROUP__mypyc`, so that calls between them are calls of C."""
+
+_COMPILERS = ["mypy>=1.14", "setuptools>=70"]
+_OUT = Path("build/compiled")
+
+
+def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
+    """See PEP 517: hatchling's, and mypyc where there is something to compile with."""
+    required = list(hatchling.get_requires_for_build_wheel(config_settings))
+    return [*required, *_COMPILERS] if _can_compile() else required
+
+
+def build_wheel(
+    wheel_directory: str,
+    config_settings: dict[str, Any] | None = None,
+    metadata_directory: str | None = None,
+) -> str:
+    """See PEP 517. The hook in tools/build_hook.py puts what is compiled into the wheel."""
+    shutil.rmtree(_OUT, ignore_errors=True)
+    if _can_compile():
+        _compile()
+    return str(hatchling.build_wheel(wheel_directory, config_settings, metadata_directory))
+
+
+def _can_compile() -> bool:
+    if os.environ.get("DSTACK_MESH_PURE", "") not in ("", "0"):
+        return False
+    compiler = os.environ.get("CC", "cc").split()[0]
+    if shutil.which(compiler) is None:
+        print(f"no C compiler ({compiler}): the wheel will be pure Python", file=sys.stderr)
+        return False
+    return True
+
+
+def _compile() -> None:
+    """Compile in a process of its own, in a copy of the sources, into `_OUT`.
+
+    A failure ends the build: a wheel that is silently five times slower helps nobody.
+    """
+    sources = _OUT / "src"
+    shutil.copytree("src", sources, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    modules = sorted(
+        str(path.relative_to(sources))
+        for pattern in COMPILED
+        for path in sources.glob(pattern)
+        if path.name != "__init__.py"
+    )
+    command = [sys.executable, str(Path(__file__).with_name("compile_modules.py").resolve())]
+    subprocess.run([*command, GROUP, *modules], cwd=sources, check=True)  # noqa: S603 - our own
