@@ -17,10 +17,12 @@ RUN apt-get update -qq \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
 RUN python3 -m venv /opt/dstack-mesh
-# The dependencies change less often than the source: a layer of their own.
+# The dependencies change less often than the source: a layer of their own. They are installed before
+# it is compiled, which goes by their types.
 COPY constraints.txt pyproject.toml ./
 RUN python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' >needs.txt \
- && /opt/dstack-mesh/bin/pip wheel --quiet --no-cache-dir -c constraints.txt -w /wheels -r needs.txt
+ && /opt/dstack-mesh/bin/pip wheel --quiet --no-cache-dir -c constraints.txt -w /wheels -r needs.txt \
+ && /opt/dstack-mesh/bin/pip install --quiet --no-index --find-links /wheels -c constraints.txt -r needs.txt
 COPY LICENSE README.md ./
 COPY tools tools
 COPY src src
