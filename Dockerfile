@@ -31,13 +31,10 @@ RUN PIP_CONSTRAINT=/build/constraints.txt /opt/dstack-mesh/bin/pip wheel --quiet
  && /opt/dstack-mesh/bin/pip uninstall --quiet -y pip setuptools
 
 FROM ${BASE}
-ARG VERSION=0.1.0
-ARG REVISION=unknown
 LABEL org.opencontainers.image.title="dstack-mesh" \
       org.opencontainers.image.description="Service mesh sidecar for dstack: mutual TLS between confidential VMs, identity by app-id" \
       org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.base.name="docker.io/library/debian:bookworm-slim" \
-      org.opencontainers.image.version="${VERSION}"
+      org.opencontainers.image.base.name="docker.io/library/debian:bookworm-slim"
 # policy-rc.d: nothing is to be started while packages are installed. Nothing here needs setuid.
 RUN printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d && chmod +x /usr/sbin/policy-rc.d \
  && apt-get update -qq \
@@ -49,10 +46,12 @@ RUN printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d && chmod +x /usr/sbin/
  && find / -xdev -type f -perm /6000 -exec chmod ug-s {} +
 COPY --from=build /opt/dstack-mesh /opt/dstack-mesh
 RUN ln -s /opt/dstack-mesh/bin/dstack-mesh /usr/local/bin/dstack-mesh
-# Last, since it changes with every build.
-LABEL org.opencontainers.image.revision="${REVISION}"
 ENV PYTHONUNBUFFERED=1
 EXPOSE 80 443
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=6s --start-period=60s --retries=3 CMD ["dstack-mesh", "await", "--timeout", "4"]
 ENTRYPOINT ["tini", "--", "/opt/dstack-mesh/bin/python3", "-m", "dstack_mesh.image"]
+# Last, since a change of an argument builds all anew that comes after it.
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.version="${VERSION}" org.opencontainers.image.revision="${REVISION}"
