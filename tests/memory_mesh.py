@@ -32,6 +32,8 @@ from dstack_mesh.inbound.terminator import InboundOptions, Terminator
 from dstack_mesh.model import AppId, PeerIdentity, Role, TcpAddress, UnixAddress
 from dstack_mesh.outbound.proxy import OutboundOptions, OutboundProxy
 from dstack_mesh.policy.allow import Allow
+from dstack_mesh.policy.current import Current
+from dstack_mesh.policy.decide import Policy
 from dstack_mesh.relay.deadlines import Timeouts
 from dstack_mesh.relay.downstream import Downstream
 from dstack_mesh.relay.exchange import Exchange
@@ -273,7 +275,7 @@ class InboundMesh(MemoryMesh):
         self.terminator = Terminator(
             self.pool,
             self.identity,  # type: ignore[arg-type]
-            InboundOptions(BACKEND, Allow.parse(allow), CONNECT_TIMEOUT),
+            InboundOptions(BACKEND, Current(Policy(Allow.parse(allow))), CONNECT_TIMEOUT),
         )
         self.accept(caller_app_id, shown)
 

@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / PACKAGE
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
-    {"", "model", "errors", "log", "gateway_domain", "listen"},
+    {"", "model", "errors", "log", "gateway_domain", "listen", "memory"},
     {"wire", "identity", "policy", "settings"},
     {"relay", "dstack"},
     {"outbound", "inbound"},

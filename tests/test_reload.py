@@ -14,9 +14,12 @@ from dstack_mesh.identity.source import SourceError
 from dstack_mesh.ops import logs
 from dstack_mesh.ops.logs import LineHandler
 from dstack_mesh.policy.allow import Allow
+from dstack_mesh.policy.current import Current
+from dstack_mesh.policy.decide import Policy
 from dstack_mesh.reload import Part, Reloader, identity_part, log_part, policy_part
 from dstack_mesh.settings.errors import SettingsError
 from dstack_mesh.settings.load import Loaded, load_settings
+from dstack_mesh.settings.rules import TABLES
 from dstack_mesh.settings.schema import SCHEMA
 from dstack_mesh.settings.tree import Settings
 
@@ -36,9 +39,12 @@ class Supervisor:
         self.is_over.set()
 
 
-class Deciding:
-    def __init__(self) -> None:
-        self.allow = Allow.parse("any")
+def deciding() -> Current:
+    return Current(Policy(Allow.parse("any")))
+
+
+def allows(current: Current) -> Allow:
+    return current.policy.allow
 
 
 class File:
@@ -89,17 +95,38 @@ def failing(error: Exception, keys: tuple[str, ...] = ()) -> Part:
 
 async def test_the_allow_list_changes(file: File, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "dstack_mesh")
-    one, other = Deciding(), Deciding()
-    reloader = Reloader(file.load(), [policy_part([one, other])], Supervisor())
+    one = deciding()
+    reloader = Reloader(file.load(), [policy_part(one)], Supervisor())
     file.write(f"[inbound]\nallow = ['{APP}']")
     assert await reloader.reload()
-    assert one.allow == other.allow == Allow.parse(APP)
+    assert allows(one) == Allow.parse(APP)
     assert told(caplog) == [("settings_reloaded", {"changed": ["inbound.allow"]})]
     assert await reloader.reload()
     assert told(caplog) == [("settings_reloaded", {"changed": []})]
     file.write("")
     assert await reloader.reload()
-    assert one.allow == Allow.parse("any")
+    assert allows(one) == Allow.parse("any")
+
+
+async def test_rules_routes_and_the_mode_change(
+    file: File, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dstack_mesh")
+    one = deciding()
+    file.write("[inbound]\nbackend = 'b:1'")
+    reloader = Reloader(file.load(), [policy_part(one)], Supervisor())
+    file.write(
+        "[inbound]\nbackend = 'b:1'\npolicy_mode = 'audit'\n"
+        "[[inbound.rule]]\naction = 'allow'\nmethods = ['GET']\n"
+        "[[inbound.route]]\npath = '/api/*'\nbackend = 'c:2'\n"
+    )
+    assert await reloader.reload()
+    assert one.policy.audit
+    assert not one.policy.asks_who_only
+    assert [str(backend) for backend in one.routes.backends] == ["c:2"]
+    changed = {"inbound.policy_mode", "inbound.rule", "inbound.route"}
+    *_, (_, fields) = told(caplog)
+    assert set(fields["changed"]) == changed  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(
@@ -113,17 +140,17 @@ async def test_the_allow_list_changes(file: File, caplog: pytest.LogCaptureFixtu
 async def test_an_error_anywhere_keeps_everything(
     file: File, caplog: pytest.LogCaptureFixture, text: str, reason: str
 ) -> None:
-    one = Deciding()
-    reloader = Reloader(file.load(), [policy_part([one])], Supervisor())
+    one = deciding()
+    reloader = Reloader(file.load(), [policy_part(one)], Supervisor())
     file.write(text)
     assert not await reloader.reload()
-    assert one.allow == Allow.parse("any")
+    assert allows(one) == Allow.parse("any")
     ((name, fields),) = told(caplog)
     assert name == "settings_reload_failed"
     assert reason in str(fields["reason"])
     file.write("[inbound]\nallow = 'self'")
     assert await reloader.reload(), "a mistake is no obstacle to the next one"
-    assert one.allow == Allow.parse("self")
+    assert allows(one) == Allow.parse("self")
 
 
 @pytest.mark.parametrize(
@@ -138,12 +165,12 @@ async def test_an_error_anywhere_keeps_everything(
 async def test_a_part_that_cannot_keeps_the_others_from_changing(
     file: File, caplog: pytest.LogCaptureFixture, error: Exception, reason: str, last: bool
 ) -> None:
-    one = Deciding()
-    parts = [policy_part([one]), failing(error)]
+    one = deciding()
+    parts = [policy_part(one), failing(error)]
     reloader = Reloader(file.load(), parts if last else parts[::-1], Supervisor())
     file.write("[inbound]\nallow = 'self'")
     assert not await reloader.reload()
-    assert one.allow == Allow.parse("any")
+    assert allows(one) == Allow.parse("any")
     ((_, fields),) = told(caplog)
     assert fields["reason"] == reason
 
@@ -151,15 +178,15 @@ async def test_a_part_that_cannot_keeps_the_others_from_changing(
 async def test_what_needs_a_restart_is_named_each_time(
     file: File, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one = Deciding()
-    reloader = Reloader(file.load(), [policy_part([one])], Supervisor())
+    one = deciding()
+    reloader = Reloader(file.load(), [policy_part(one)], Supervisor())
     file.write("max_connections = 5\n[inbound]\nallow = 'self'\nbackend = 'b:1'")
     for _ in range(2):
         assert await reloader.reload()
         (name, fields), *_ = told(caplog)
         assert name == "settings_need_restart"
         assert fields["keys"] == ["inbound.backend", "max_connections"]
-    assert one.allow == Allow.parse("self"), "the others count all the same"
+    assert allows(one) == Allow.parse("self"), "the others count all the same"
     file.write("drain_timeout = '1s'")
     assert await reloader.reload()
     assert told(caplog) == [], "the environment beats the file, as at the start"
@@ -238,9 +265,10 @@ async def test_the_identity_changes_with_its_files(file: File, tmp_path: Path) -
 
 
 async def test_every_setting_that_is_said_to_be_re_read_has_its_part() -> None:
-    parts = [policy_part([]), identity_part(None, None), log_part()]  # type: ignore[arg-type]
+    parts = [policy_part(deciding()), identity_part(None, None), log_part()]  # type: ignore[arg-type]
     keys = [key for part in parts for key in part.keys]
-    assert sorted(keys) == sorted(one.key for one in SCHEMA if one.reloadable)
+    said = [one.key for one in SCHEMA if one.reloadable]
+    assert sorted(keys) == sorted([*said, *TABLES])
 
 
 async def test_asked_while_at_it_it_is_done_once_more(file: File) -> None:

@@ -7,29 +7,33 @@ import functools
 import logging
 import os
 import signal
-import socket
 import ssl
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
-from dstack_mesh import __version__, lifecycle, listen, reload
+from dstack_mesh import __version__, lifecycle, listen, memory, reload
 from dstack_mesh.dstack.agent import AgentClient
 from dstack_mesh.dstack.gateway import GatewayDirectory
 from dstack_mesh.identity.source import AgentSource, CredentialSource, FileSource
 from dstack_mesh.identity.store import IdentityStore, Snapshot
 from dstack_mesh.inbound.auth_service import AuthService
+from dstack_mesh.inbound.compiled import compile_inbound
 from dstack_mesh.inbound.listener import TlsListener
 from dstack_mesh.inbound.terminator import InboundOptions, Terminator
 from dstack_mesh.log import event
 from dstack_mesh.ops.admin import Admin
 from dstack_mesh.ops.metrics import Metrics, Sample
-from dstack_mesh.ops.readiness import Readiness, backend_answers
+from dstack_mesh.ops.readiness import Readiness, backends_answer
 from dstack_mesh.ops.systemd import Notifier
 from dstack_mesh.outbound.proxy import OutboundOptions, OutboundProxy
+from dstack_mesh.policy.current import Current
 from dstack_mesh.relay.deadlines import NEVER, Timeouts
+from dstack_mesh.relay.interfaces import Handler
+from dstack_mesh.relay.listeners import Listeners
 from dstack_mesh.relay.pool import Pool
 from dstack_mesh.relay.service import Service
 from dstack_mesh.relay.worker import Worker
@@ -61,6 +65,7 @@ async def _main(loaded: Loaded, ready_file: Path | None) -> int:
     signals = lifecycle.Signals(loop, reloader.ask)
     # From who ends nginx in front of us first: it has to be seen that this one is ending.
     loop.add_signal_handler(signal.SIGUSR1, sidecar.announce_end)
+    collector = memory.Collector(loop, sidecar.open_connections)
     try:
         await sidecar.start()
         if ready_file is not None:
@@ -68,7 +73,9 @@ async def _main(loaded: Loaded, ready_file: Path | None) -> int:
             # may be running, and the file be its own.
             lifecycle.remove_ready_file(ready_file)
         notifier.start(loop, sidecar.status)
-        announced = asyncio.create_task(_announce(sidecar, signals, notifier, ready_file))
+        announced = asyncio.create_task(
+            _announce(sidecar, signals, notifier, ready_file, collector)
+        )
         reloading = asyncio.create_task(reloader.run())
         try:
             await signals.wait()
@@ -81,15 +88,21 @@ async def _main(loaded: Loaded, ready_file: Path | None) -> int:
         if ready_file is not None:
             lifecycle.remove_ready_file(ready_file)
     finally:
+        collector.stop()
         await sidecar.stop()
         notifier.close()
     return signals.exit_status
 
 
 async def _announce(
-    sidecar: Sidecar, signals: lifecycle.Signals, notifier: Notifier, ready_file: Path | None
+    sidecar: Sidecar,
+    signals: lifecycle.Signals,
+    notifier: Notifier,
+    ready_file: Path | None,
+    collector: memory.Collector,
 ) -> None:
     await sidecar.wait_open()
+    collector.start()
     if ready_file is not None:
         try:
             lifecycle.write_ready_file(ready_file, sidecar.bound())
@@ -117,18 +130,18 @@ class Sidecar:
             configured=settings.dstack.gateway_domain,
             sys_config=Path(settings.dstack.sys_config),
         )
+        self.policy = Current(*compile_inbound(settings.inbound))
         self.worker = Worker(asyncio.get_running_loop(), _timeouts(settings))
         self._pool = Pool(self.worker)
         self._outbound = self._service("outbound")
         self._inbound = self._service("inbound")
         self._admin = Service(self.worker, "admin", max_connections=_ADMIN_CONNECTIONS)
         self._proxy = self._make_proxy()
-        self._allowing: list[reload.Allowing] = []
         self._listener = self._make_listener()
         self._auth = self._make_auth()
         self._draining = False
         self._sockets: dict[str, listen.ListeningSocket] = {}
-        self._servers: dict[str, asyncio.Server] = {}
+        self._listeners = Listeners(self.worker.loop)
         self._tasks: list[asyncio.Task[None]] = []
         self.identity.subscribe(self._renewed)
         self._gauges()
@@ -161,11 +174,10 @@ class Sidecar:
             return None
         options = InboundOptions(
             backend=backend,
-            allow=inbound.allow,
+            policy=self.policy,
             connect_timeout=settings.outbound.connect_timeout,
         )
         terminator = Terminator(self._pool, self.identity, options, self.metrics.count_decision)
-        self._allowing.append(terminator)
         limit = settings.max_connections
         count = functools.partial(self.metrics.count_handshake, "inbound")
         return TlsListener(self._inbound, terminator, self.identity, limit, count)
@@ -175,9 +187,7 @@ class Sidecar:
         inbound = self.settings.inbound
         if inbound.mode != "nginx":
             return None
-        auth = AuthService(self.identity, inbound.allow, self.metrics.count_decision)
-        self._allowing.append(auth)
-        return auth
+        return AuthService(self.identity, self.policy, self.metrics.count_decision)
 
     def _make_admin(self) -> Admin:
         settings = self.settings
@@ -206,24 +216,22 @@ class Sidecar:
         for name, address in addresses.items():
             if address is not None:
                 self._sockets[name] = listen.bind(address)
-        await self._serve("outbound", lambda: self._outbound.protocol(self._proxy).as_protocol())
-        admin = self._make_admin()
-        await self._serve("admin", lambda: self._admin.protocol(admin).as_protocol())
-        loop = self.worker.loop
+        self._serve("outbound", self._outbound, self._proxy)
+        self._serve("admin", self._admin, self._make_admin())
         self._tasks = [
-            loop.create_task(self.identity.run()),
-            loop.create_task(self.directory.run()),
+            asyncio.create_task(self.identity.run()),
+            asyncio.create_task(self.directory.run()),
         ]
 
     async def wait_open(self) -> None:
         """Open inbound once there is an identity; return when every listener is open."""
         await self.identity.wait_loaded()
         if self._listener is not None:
-            self._listener.start(self._sockets["inbound"])
+            sock = self._sockets["inbound"]
+            self._listeners.serve_tls("inbound", sock, self._inbound, self._listener.take)
             self._say_listening("inbound")
-        auth = self._auth
-        if auth is not None:
-            await self._serve("auth", lambda: self._inbound.protocol(auth).as_protocol())
+        if self._auth is not None:
+            self._serve("auth", self._inbound, self._auth)
         event(log, logging.INFO, "ready", **self.bound())
 
     def bound(self) -> dict[str, str | None]:
@@ -237,7 +245,7 @@ class Sidecar:
     def reloadable(self) -> tuple[reload.Part, ...]:
         """Give the parts whose settings may change while running."""
         return (
-            reload.policy_part(self._allowing),
+            reload.policy_part(self.policy),
             reload.identity_part(self.identity, lambda tls: _source(tls, self._agent)),
             reload.log_part(),
         )
@@ -266,14 +274,10 @@ class Sidecar:
         event(log, logging.INFO, "draining", timeout=self.settings.drain_timeout)
         try:
             async with asyncio.timeout(self.settings.drain_timeout):
-                if self._listener is not None:
-                    await self._listener.stop()
-                    self._sockets["inbound"].close()
-                if self._auth is not None:
-                    self._stop_serving("auth")
-                    self._sockets["auth"].close()
+                self._stop_accepting("inbound")
+                self._stop_accepting("auth")
                 await self._inbound.drain()
-                self._stop_serving("outbound")
+                self._stop_accepting("outbound")
                 await self._outbound.drain()
         except TimeoutError:
             event(
@@ -286,16 +290,15 @@ class Sidecar:
 
     async def stop(self) -> None:
         """End everything at once."""
+        self._listeners.abort()
         if self._listener is not None:
-            await self._listener.stop()
             self._listener.abort()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for name in list(self._servers):
-            self._stop_serving(name)
         for service in (self._outbound, self._inbound, self._admin):
             service.abort()
+            await service.gone()
         self._pool.close()
         self.worker.close()
         for sock in self._sockets.values():
@@ -307,21 +310,20 @@ class Sidecar:
 
     # What the parts tell each other.
 
-    async def _serve(self, name: str, protocol: Callable[[], asyncio.BaseProtocol]) -> None:
-        sock = self._sockets.get(name)
-        if sock is None:
-            return
-        loop = self.worker.loop
-        if sock.family == socket.AF_UNIX:
-            self._servers[name] = await loop.create_unix_server(protocol, sock=sock)
-        else:
-            self._servers[name] = await loop.create_server(protocol, sock=sock)
-        self._say_listening(name)
+    def _serve(self, name: str, service: Service, handler: Handler[Any]) -> None:
+        if name in self._sockets:
+            self._listeners.serve(name, self._sockets[name], service, handler)
+            self._say_listening(name)
 
-    def _stop_serving(self, name: str) -> None:
-        server = self._servers.pop(name, None)
-        if server is not None:
-            server.close()
+    def _stop_accepting(self, name: str) -> None:
+        self._listeners.stop(name)
+        if name in self._sockets:
+            self._sockets[name].close()  # else who comes now would wait for nothing
+
+    def open_connections(self) -> int:
+        """Count the connections of all listeners, and those to upstreams."""
+        services = (self._outbound, self._inbound, self._admin)
+        return sum(len(one.connections) for one in services) + len(self.worker.upstreams)
 
     def _say_listening(self, name: str) -> None:
         address = listen.bound_address(self._sockets[name])
@@ -342,7 +344,7 @@ class Sidecar:
         backend = self.settings.inbound.backend
         if backend is None:
             return True, "nginx mode, and no backend is set: which it is only nginx knows"
-        return await backend_answers(backend)
+        return await backends_answer([backend, *self.policy.routes.backends])
 
     def _gateway_state(self) -> tuple[bool, str]:
         if self.directory.current is None:

@@ -14,11 +14,13 @@ from typing import Protocol
 
 from dstack_mesh.identity.source import CredentialSource, SourceError
 from dstack_mesh.identity.store import IdentityStore
+from dstack_mesh.inbound.compiled import compile_inbound
 from dstack_mesh.log import event
 from dstack_mesh.ops import logs
-from dstack_mesh.policy.allow import Allow
+from dstack_mesh.policy.current import Current
 from dstack_mesh.settings.errors import SettingsError
 from dstack_mesh.settings.load import Loaded, value_of
+from dstack_mesh.settings.rules import TABLES
 from dstack_mesh.settings.schema import SCHEMA
 from dstack_mesh.settings.tree import Settings, TlsSettings
 
@@ -35,12 +37,6 @@ class Part:
     prepare: Callable[[Settings, Settings], Awaitable[Callable[[], None]]]
     """Called with the settings before and now; gives what puts them into effect, which must not
     fail. Raises `SourceError` or `SettingsError` where they cannot be."""
-
-
-class Allowing(Protocol):
-    """What decides by an allow list that it reads anew each time."""
-
-    allow: Allow
 
 
 class Supervisor(Protocol):
@@ -125,25 +121,20 @@ class Reloader:
 
 
 def _differing(one: Loaded, other: Loaded, *, reloadable: bool) -> list[str]:
-    return [
-        setting.key
-        for setting in SCHEMA
-        if setting.reloadable is reloadable
-        and value_of(one.settings, setting.key) != value_of(other.settings, setting.key)
-    ]
+    keys = [setting.key for setting in SCHEMA if setting.reloadable is reloadable]
+    if reloadable:
+        keys += TABLES
+    return [key for key in keys if value_of(one.settings, key) != value_of(other.settings, key)]
 
 
-def policy_part(deciding: Sequence[Allowing]) -> Part:
-    """Give the allow list to all that decide by it; it counts from the next request on."""
+def policy_part(current: Current) -> Part:
+    """Put another policy and other routes in place; they count from the next request on."""
 
     async def prepare(before: Settings, now: Settings) -> Callable[[], None]:
-        def change() -> None:
-            for one in deciding:
-                one.allow = now.inbound.allow
+        policy, routes = compile_inbound(now.inbound)
+        return lambda: current.replace(policy, routes)
 
-        return change
-
-    return Part(("inbound.allow",), prepare)
+    return Part(("inbound.allow", "inbound.policy_mode", *TABLES), prepare)
 
 
 def identity_part(

@@ -196,6 +196,7 @@ def test_completion_scripts_are_there(shell: str, on_path: dict[str, str]) -> No
                 "check",
                 "demo",
                 "sim",
+                "policy",
                 "inspect",
                 "nginx-config",
                 "config",

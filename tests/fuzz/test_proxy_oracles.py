@@ -80,7 +80,7 @@ def test_a_callers_own_app_id_that_goes_on_is_found(monkeypatch: Patch) -> None:
 def test_a_caller_without_an_identity_that_is_let_in_is_found(monkeypatch: Patch) -> None:
     from dstack_mesh.inbound import terminator
 
-    monkeypatch.setattr(terminator.Caller, "_authorise", lambda self: None)
+    monkeypatch.setattr(terminator.Caller, "_authorise", lambda self, policy, line, plan: None)
     fails("inbound_proxy")
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
@@ -18,7 +19,12 @@ from dstack_mesh.identity.chain import ChainRuleBroken
 from dstack_mesh.identity.escaped_pem import EscapedPemError, parse_escaped_pem
 from dstack_mesh.inbound import auth_service
 from dstack_mesh.inbound.auth_service import AuthService, KnownLeaves
+from dstack_mesh.model import AppInfo
 from dstack_mesh.policy.allow import Allow
+from dstack_mesh.policy.current import Current
+from dstack_mesh.policy.decide import Policy
+from dstack_mesh.policy.route import NO_ROUTES
+from dstack_mesh.policy.rule import Rule
 from dstack_mesh.relay.deadlines import Timeouts
 from dstack_mesh.relay.exchange import Exchange
 from dstack_mesh.relay.service import Service
@@ -52,7 +58,8 @@ class Rig:
         self.records: list[Exchange] = []
         self.identity = FakeIdentity(OURS if own else None)
         self.worker = Worker(asyncio.get_running_loop(), Timeouts())
-        self.service = AuthService(self.identity, Allow.parse(allow), self.decisions.append)
+        self.policy = Current(Policy(Allow.parse(allow)))
+        self.service = AuthService(self.identity, self.policy, self.decisions.append)
         self.listener = Service(
             self.worker,
             "inbound",
@@ -470,3 +477,69 @@ def test_the_memory_is_bounded_and_keeps_what_was_used_last(seen: list[bytes]) -
     assert len(seen) == 3
     leaves.identify(two)
     assert len(seen) == 4
+
+
+# Rules.
+
+ASKS = (
+    Rule("read", "allow", methods=("GET",), paths=("/api/**",)),
+    Rule("own device", "allow", device_id=("d" * 64,)),
+)
+
+
+def asked(method: str | None, uri: str | None) -> tuple[str, ...]:
+    said = (("x-original-method", method), ("x-original-uri", uri))
+    return (*shown(), *(f"{name}: {value}" for name, value in said if value is not None))
+
+
+async def test_rules_are_about_the_request_that_nginx_asks_about(rig: Rig) -> None:
+    rig.policy.replace(Policy(Allow(anyone=True), ASKS), NO_ROUTES)
+    assert rig.app_id(*asked("GET", "/api/x?y")) == APP_B
+    assert rig.app_id(*asked("GET", "/api/x?y"), line="HEAD /auth HTTP/1.1") == APP_B
+    for method, uri in (
+        *(("PUT", "/api/x"), ("GET", "/other"), ("get", "/api/x"), ("", "/api/x"), ("GET", "")),
+        *((None, "/api/x"), ("GET", None), (None, None), ("GET", "http://x/api/x")),
+        *(("GET", "/other/../api/x"), ("GET", "//api/x"), ("GET", "/api/x#y"), ("GET", "/api/ x")),
+    ):
+        detail = rig.refused("policy_denied", *asked(method, uri))
+        assert detail
+    assert "'/..' is in it" in rig.refused("policy_denied", *asked("GET", "/b/../api/x"))
+    assert rig.decisions == ["allow"] * 2 + ["deny"] * 14
+
+
+async def test_two_answers_to_what_was_asked_are_none(rig: Rig) -> None:
+    rig.policy.replace(Policy(Allow(anyone=True), ASKS), NO_ROUTES)
+    twice = (*asked("GET", "/api/x"), "x-original-uri: /other")
+    rig.refused("client_cert_untrusted", *twice)
+    alike = ("x_original_method: GET", "x_original_uri: /api/x")
+    rig.refused("policy_denied", *shown(), *alike)
+
+
+async def test_what_the_leaf_says_of_its_device_counts(rig: Rig) -> None:
+    rig.policy.replace(Policy(Allow(anyone=True), ASKS), NO_ROUTES)
+    info = AppInfo(APP_B, "c" * 64, "1" * 40, "d" * 64, "e" * 64)
+    right = escaped(KMS.issue(APP_B, app_info=info).leaf_pem)
+    wrong = escaped(KMS.issue(APP_B, app_info=replace(info, device_id="a" * 64)).leaf_pem)
+    put = ("x-original-method: PUT", "x-original-uri: /b")
+    assert rig.app_id(*shown(right), *put) == APP_B
+    rig.refused("policy_denied", *shown(wrong), *put)
+    rig.refused("policy_denied", *shown(), *put)
+
+
+async def test_audit_lets_through_and_logs(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    rig.policy.replace(Policy(Allow(), ASKS, audit=True), NO_ROUTES)
+    assert rig.app_id(*asked("PUT", "/b"), "x-request-id: r-1") == APP_B
+    rig.refused("client_cert_untrusted", "x-client-verify: FAILED")
+    assert rig.decisions == ["audit"]
+    (record,) = [one for one in caplog.records if one.getMessage() == "policy_audited"]
+    assert vars(record)["fields"]["path"] == "/b"
+    assert vars(record)["fields"]["request_id"] == "r-1"
+
+
+async def test_self_is_nobody_while_we_are_nobody(rigs: Callable[..., Rig]) -> None:
+    rig = rigs(own=False)
+    own, others = Rule("own", "deny", apps=Allow(own=True)), Rule("others", "allow")
+    rig.policy.replace(Policy(Allow(anyone=True), (own, others)), NO_ROUTES)
+    assert '"own"' in rig.refused("policy_denied", *shown())
+    rig.identity.current = OURS
+    assert rig.app_id(*shown()) == APP_B

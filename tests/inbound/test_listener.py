@@ -2,12 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import logging
 import socket
 import ssl
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 from tests.identities import APP_A, APP_B, FakeIdentity, snapshot_of
@@ -22,6 +19,7 @@ from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.deadlines import Timeouts
 from dstack_mesh.relay.interfaces import Handler, Plan
 from dstack_mesh.relay.lane import Route
+from dstack_mesh.relay.listeners import Listeners
 from dstack_mesh.relay.service import Service
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.sim.kms import Kms
@@ -54,28 +52,10 @@ class FakeTerminator:
         return Hello()
 
 
-class FailingLoop:
-    """The running loop, but accepting fails for as long as the test says so."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.failures: list[OSError] = []
-        self.asked: list[float] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loop, name)
-
-    async def sock_accept(self, sock: socket.socket) -> tuple[socket.socket, object]:
-        self.asked.append(self._loop.time())
-        if self.failures:
-            raise self.failures.pop(0)
-        return await self._loop.sock_accept(sock)
-
-
 class Rig:
     def __init__(self, *, max_connections: int = 10, head: float = 10.0) -> None:
-        self.loop = FailingLoop()
-        self.worker = Worker(self.loop, Timeouts(head=head))  # type: ignore[arg-type]
+        loop = asyncio.get_running_loop()
+        self.worker = Worker(loop, Timeouts(head=head))
         self.service = Service(self.worker, "inbound", max_connections=max_connections)
         self.terminator = FakeTerminator()
         self.identity = FakeIdentity(OURS)
@@ -88,7 +68,11 @@ class Rig:
             self.handshakes.append,
         )
         self.sock = bind(TcpAddress("127.0.0.1", 0))
+        self.listeners = Listeners(loop)
         self.address = TcpAddress(*self.sock.getsockname())
+
+    def start(self) -> None:
+        self.listeners.serve_tls("inbound", self.sock, self.service, self.listener.take)
 
     async def hello(self, context: ssl.SSLContext = CALLER) -> None:
         """Do a whole exchange on a connection of its own."""
@@ -100,11 +84,11 @@ class Rig:
 @contextlib.asynccontextmanager
 async def listening(**said: float) -> AsyncIterator[Rig]:
     rig = Rig(**said)  # type: ignore[arg-type]
-    rig.listener.start(rig.sock)
+    rig.start()
     try:
         yield rig
     finally:
-        await rig.listener.stop()
+        rig.listeners.abort()
         rig.listener.abort()
         rig.service.abort()
         await eventually(lambda: not rig.service.connections and not rig.listener._handshakes)
@@ -234,7 +218,7 @@ async def test_a_caller_of_another_kms_fails_in_the_handshake() -> None:
 async def test_stop_lets_handshakes_in_progress_go_on() -> None:
     async with listening() as rig, Client.connect(rig.address) as client:
         await eventually(lambda: len(rig.listener._handshakes) == 1)
-        await rig.listener.stop()
+        rig.listeners.stop("inbound")
         await client.writer.start_tls(CALLER, server_hostname="x")
         await client.send(request())
         assert (await client.answer()).status == 200
@@ -243,15 +227,39 @@ async def test_stop_lets_handshakes_in_progress_go_on() -> None:
             assert (await client.answer()).status == 200
             assert len(rig.terminator.snapshots) == 1
             late.reset()
-    await rig.listener.stop()
 
 
-async def test_a_listener_that_was_not_started_can_be_stopped() -> None:
-    rig = Rig()
-    await rig.listener.stop()
-    rig.listener.abort()
-    rig.worker.close()
-    rig.sock.close()
+async def test_abort_closes_what_has_not_begun_its_handshake() -> None:
+    async with listening(head=60.0) as rig:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        rig.listener.take(ours)
+        rig.listener.abort()
+        assert theirs.recv(1) == b"", "the loop had no turn yet"
+        theirs.close()
+
+
+async def test_who_has_waited_long_for_a_request_gives_way() -> None:
+    async with (
+        listening(max_connections=3, head=0.1) as rig,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        quiet = [
+            await stack.enter_async_context(Client.connect(rig.address, CALLER)) for _ in range(3)
+        ]
+        for one in quiet:
+            await one.send(request())
+            assert (await one.answer()).status == 200
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await rig.hello()
+        await asyncio.sleep(0.15)  # longer than a head may take
+        await quiet[0].send(request())
+        assert (await quiet[0].answer()).status == 200
+        await rig.hello()
+        assert await closed(quiet[1]) == b""
+        for one in (quiet[0], quiet[2]):
+            await one.send(request())
+            assert (await one.answer()).status == 200
 
 
 async def test_abort_gives_up_handshakes_in_progress() -> None:
@@ -263,42 +271,19 @@ async def test_abort_gives_up_handshakes_in_progress() -> None:
         await rig.hello()
 
 
-async def test_without_descriptors_accepting_pauses(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_ACCEPT_PAUSE", 0.05)
-    rig = Rig()
-    rig.loop.failures = [OSError(errno.EMFILE, "Too many open files") for _ in range(3)]
-    with caplog.at_level(logging.INFO):
-        rig.listener.start(rig.sock)
-        await rig.hello()
-    failed = [one for one in caplog.records if one.getMessage() == "accept_failed"]
-    assert len(failed) == 1, "said once, however long it lasts"
-    assert "Too many open files; raise the limit" in failed[0].fields["error"]
-    again = [one for one in caplog.records if one.getMessage() == "accepting_again"]
-    assert [one.fields for one in again] == [{"failures": 3}]
-    gaps = [b - a for a, b in zip(rig.loop.asked[:3], rig.loop.asked[1:4], strict=True)]
-    assert all(gap >= 0.045 for gap in gaps), "a loop that does not pause eats a whole core"
-    await rig.listener.stop()
-    rig.service.abort()
-    await eventually(lambda: not rig.service.connections)
-    rig.worker.close()
-    rig.sock.close()
-
-
 async def test_a_full_backlog_is_not_taken_in_one_turn() -> None:
     rig = Rig(max_connections=100)
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(20):
             await stack.enter_async_context(Client.connect(rig.address))
-        rig.listener.start(rig.sock)
+        rig.start()
         most, before = 0, 0
         while before < 20:
             await asyncio.sleep(0)
             now = len(rig.listener._handshakes)
             most, before = max(most, now - before), now
         assert most <= 2, "others had their turns in between"
-        await rig.listener.stop()
+        rig.listeners.abort()
         rig.listener.abort()
         await eventually(lambda: not rig.listener._handshakes)
     rig.worker.close()

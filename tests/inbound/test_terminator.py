@@ -9,15 +9,25 @@ from dataclasses import replace
 import pytest
 from tests.identities import APP_A, APP_B, FakeIdentity, snapshot_of
 
-from dstack_mesh.errors import ClientCertRequired, ClientCertUntrusted, MeshError, PolicyDenied
+from dstack_mesh.errors import (
+    BadRequest,
+    ClientCertRequired,
+    ClientCertUntrusted,
+    MeshError,
+    PolicyDenied,
+)
 from dstack_mesh.identity.chain import ChainRuleBroken
 from dstack_mesh.inbound.terminator import Caller, InboundOptions, Terminator
 from dstack_mesh.model import Address, PeerIdentity, Role, TcpAddress, UnixAddress
 from dstack_mesh.policy.allow import Allow
+from dstack_mesh.policy.current import Current
+from dstack_mesh.policy.decide import Policy
+from dstack_mesh.policy.route import NO_ROUTES, Route, Routes
+from dstack_mesh.policy.rule import Rule
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.deadlines import Timeouts
 from dstack_mesh.relay.dial import PlainConnector
-from dstack_mesh.relay.lane import Route
+from dstack_mesh.relay.lane import Route as UpstreamRoute
 from dstack_mesh.relay.pool import Pool
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.sim.kms import Kms
@@ -56,10 +66,11 @@ class Rig:
         self.terminator = self.make()
 
     def make(self, allow: str = "any", backend: Address = BACKEND) -> Terminator:
+        self.policy = Current(Policy(Allow.parse(allow)))
         self.terminator = Terminator(
             Pool(self.worker),
             self.identity,  # type: ignore[arg-type]
-            InboundOptions(backend, Allow.parse(allow), 3.0),
+            InboundOptions(backend, self.policy, 3.0),
             self.decisions.append,
         )
         return self.terminator
@@ -103,7 +114,9 @@ def bare_context() -> ssl.SSLContext:
     return context
 
 
-def ask(caller: Caller, line: str, *fields: str, host: str = "Host: x.example") -> Route | Answer:
+def ask(
+    caller: Caller, line: str, *fields: str, host: str = "Host: x.example"
+) -> UpstreamRoute | Answer:
     parsed = parse_request_line(line.encode())
     block = "".join(f"{field}\r\n" for field in (host, *fields) if field).encode("latin-1")
     return caller.route(parsed, caller.plan(parsed, block))
@@ -111,7 +124,7 @@ def ask(caller: Caller, line: str, *fields: str, host: str = "Host: x.example") 
 
 def head(caller: Caller, *fields: str, line: str = "GET /a?b HTTP/1.1", **said: str) -> bytes:
     route = ask(caller, line, *fields, **said)
-    assert isinstance(route, Route)
+    assert isinstance(route, UpstreamRoute)
     return route.head
 
 
@@ -140,7 +153,7 @@ async def test_what_the_backend_gets(rig: Rig) -> None:
         b"PUT /a?b HTTP/1.1\r\nHost: x.example\r\nAccept: */*\r\nContent-Length: 2\r\n" + OWN
     )
     route = ask(caller, "GET / HTTP/1.1")
-    assert isinstance(route, Route)
+    assert isinstance(route, UpstreamRoute)
     assert isinstance(route.lane.connector, PlainConnector)
     assert route.lane is rig.terminator.lane
     assert b"x-dstack-app-id" in route.remove_trailers
@@ -287,6 +300,124 @@ async def test_policy(rig: Rig, allow: str, app: str, let: bool) -> None:
         assert app in detail
         assert "MESH_ALLOWED_APPS" in detail
     assert rig.decisions == ["allow" if let else "deny"]
+
+
+GET_A = Rule("get a", "allow", methods=("GET",), paths=("/a",))
+
+
+async def test_rules(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    rig.policy.replace(Policy(Allow(anyone=True), (GET_A,)), NO_ROUTES)
+    caller = rig.caller()
+    head(caller)
+    assert "no rule lets it through" in fails(PolicyDenied, caller, "PUT /a HTTP/1.1")
+    assert "'/..' is in it" in fails(BadRequest, caller, "GET /b/../a HTTP/1.1")
+    head(caller)
+    assert caller.rule == "get a"
+    assert rig.decisions == ["allow", "deny", "deny", "allow"]
+    assert [one.getMessage() for one in caplog.records] == ["policy_denied"] * 2
+    assert vars(caplog.records[0])["fields"]["caller"] == APP_B
+
+
+async def test_audit(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    for policy in (
+        Policy(Allow(), audit=True),
+        Policy(Allow(anyone=True), (GET_A,), audit=True),
+        Policy(Allow(anyone=True), (Rule("all", "audit"),)),
+    ):
+        rig.policy.replace(policy, NO_ROUTES)
+        caller = rig.caller()
+        for _ in range(2):
+            head(caller, line="PUT /b/../a HTTP/1.1")
+    assert rig.decisions == ["audit"] * 6
+    assert [one.getMessage() for one in caplog.records] == ["policy_audited"] * 6
+
+
+async def test_another_policy_holds_for_connections_that_are_there(rig: Rig) -> None:
+    caller = rig.caller()
+    head(caller)
+    head(caller)
+    rig.policy.replace(Policy(Allow.parse("self")), NO_ROUTES)
+    fails(PolicyDenied, caller)
+    rig.policy.replace(Policy(Allow(anyone=True), (GET_A,)), NO_ROUTES)
+    head(caller)
+    fails(PolicyDenied, caller, "GET /b HTTP/1.1")
+    rig.policy.replace(Policy(Allow.parse(APP_B)), NO_ROUTES)
+    head(caller, line="GET /b HTTP/1.1")
+    assert rig.decisions == ["allow", "allow", "deny", "allow", "deny", "allow"]
+
+
+async def test_only_a_head_that_is_repeated_is_not_decided_anew(rig: Rig) -> None:
+    rig.policy.replace(Policy(Allow(anyone=True), (GET_A,)), NO_ROUTES)
+    caller = rig.caller()
+    block = b"Host: x\r\n"
+    good, other = parse_request_line(b"GET /a HTTP/1.1"), parse_request_line(b"GET /b HTTP/1.1")
+    plan = caller.plan(good, block)
+    for _ in range(3):
+        caller.route(good, plan)
+        assert caller.rule == "get a"
+        with pytest.raises(PolicyDenied):
+            caller.route(other, plan)
+        assert caller.rule == ""
+    caller.route(good, plan)
+    rig.policy.replace(Policy(Allow(anyone=True), (replace(GET_A, methods=("PUT",)),)), NO_ROUTES)
+    with pytest.raises(PolicyDenied):
+        caller.route(good, plan)
+    assert rig.decisions == ["allow", "deny"] * 4
+
+
+async def test_who_is_welcome_is_not_so_for_another_caller(rig: Rig) -> None:
+    rig.make(APP_B)
+    head(rig.caller())
+    fails(PolicyDenied, rig.caller(PeerIdentity(APP_A, time.time() + 60)))
+
+
+# Which backend
+
+
+async def test_routes(rig: Rig) -> None:
+    one, two = TcpAddress("one", 1), UnixAddress("/two")
+    routes = Routes((Route(one, host="x.example", path="/one/**"), Route(two, path="/two")))
+    rig.policy.replace(rig.policy.policy, routes)
+    caller = rig.caller()
+    lanes = {}
+    for line in ("GET /one/a HTTP/1.1", "GET /two HTTP/1.1", "GET / HTTP/1.1"):
+        found = ask(caller, line)
+        assert isinstance(found, UpstreamRoute)
+        lanes[line.split()[1]] = found.lane
+        again = ask(rig.caller(), line)
+        assert isinstance(again, UpstreamRoute)
+        assert again.lane is found.lane, "one lane for a backend"
+    assert len(set(map(id, lanes.values()))) == 3
+    assert lanes["/"] is rig.terminator.lane
+    # Without a Host it is the backend's own.
+    sent = head(caller, line="GET /two HTTP/1.0", host="")
+    assert b"\r\nHost: localhost\r\n" in sent
+    detail = fails(BadRequest, caller, "GET /x/../two HTTP/1.1")
+    assert "'/..' is in it" in detail
+    rig.policy.replace(rig.policy.policy, NO_ROUTES)
+    back = ask(caller, "GET /one/a HTTP/1.1")
+    assert isinstance(back, UpstreamRoute)
+    assert back.lane is lanes["/"]
+
+
+async def test_a_repeated_head_goes_where_the_routes_in_effect_say(rig: Rig) -> None:
+    caller = rig.caller()
+    line, block = parse_request_line(b"GET /a HTTP/1.1"), b"Host: x\r\n"
+    plan = caller.plan(line, block)
+    first = caller.route(line, plan)
+    assert isinstance(first, UpstreamRoute)
+    assert caller.route(line, plan, first) is first
+    rig.policy.replace(rig.policy.policy, Routes((Route(TcpAddress("one", 1), path="/a"),)))
+    routed = caller.route(line, plan, first)
+    assert isinstance(routed, UpstreamRoute)
+    assert routed.lane is not first.lane
+    rig.policy.replace(rig.policy.policy, NO_ROUTES)
+    back = caller.route(line, plan, routed)
+    assert isinstance(back, UpstreamRoute)
+    assert back.lane is first.lane
+    rig.policy.replace(Policy(Allow()), NO_ROUTES)
+    with pytest.raises(PolicyDenied):
+        caller.route(line, plan, back)
 
 
 # Health

@@ -73,7 +73,7 @@ class Client:
 
     async def answer(self, method: str = "GET") -> Answer:
         """Read one whole response to a request that was sent with `send`."""
-        parser = h11.Connection(h11.CLIENT)
+        parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=1 << 20)
         parser.send(h11.Request(method=method, target="/", headers=[("host", "x")]))
         parser.send(h11.EndOfMessage())
         trailing = self._h11.trailing_data[0] if isinstance(self._h11, h11.Connection) else b""
@@ -170,13 +170,15 @@ class Mesh:
     def app_id(self, name: str) -> AppId:
         return self.app(name).app_id
 
-    async def start(self, name: str, *, backend: bool = True, **environ: str) -> Sidecar:
+    async def start(
+        self, name: str, *, backend: bool = True, config: Path | None = None, **environ: str
+    ) -> Sidecar:
         """Start the sidecar of app `name`, with a backend, and wait until it is open."""
         env = {**self.app(name).env, "MESH_OUTBOUND_LISTEN": "127.0.0.1:0"}
         env["MESH_ADMIN_LISTEN"] = "127.0.0.1:0"
         if backend and "MESH_BACKEND" not in environ:
             env["MESH_BACKEND"] = str(await self.start_backend(name))
-        sidecar = await self.start_closed(name, **{**env, **environ})
+        sidecar = await self.start_closed(name, config=config, **{**env, **environ})
         await sidecar.wait_open()
         await eventually(lambda: sidecar.directory.current is not None)
         return sidecar
@@ -186,10 +188,12 @@ class Mesh:
         self.backends[name] = Backend(name)
         return await self.backends[name].start()
 
-    async def start_closed(self, name: str, **environ: str) -> Sidecar:
-        """Start a sidecar without waiting for its identity."""
+    async def start_closed(
+        self, name: str, *, config: Path | None = None, **environ: str
+    ) -> Sidecar:
+        """Start a sidecar without waiting for its identity; `config` is its settings file."""
         env = {k: v for k, v in {**self.app(name).env, **environ}.items() if v != "unset"}
-        sidecar = Sidecar(load_settings({}, env, None).settings)
+        sidecar = Sidecar(load_settings({}, env, config).settings)
         self._running.append(sidecar)
         self.sidecars[name] = sidecar
         await sidecar.start()

@@ -97,9 +97,12 @@ class NginxMode:
 
 @contextlib.asynccontextmanager
 async def nginx_mode(
-    directory: Path, *, unix: bool = True, caller: bool = False, **environ: str
+    directory: Path, *, unix: bool = True, caller: bool = False, rules: str = "", **environ: str
 ) -> AsyncIterator[NginxMode]:
-    """Open such a mesh; `environ` is for `b`'s sidecar and its nginx, `caller` starts `a` too."""
+    """Open such a mesh; `environ` is for `b`'s sidecar and its nginx, `caller` starts `a` too.
+
+    `rules` is what stands in the sidecar's settings file.
+    """
     need_nginx()
     state = directory / "nginx"
     state.mkdir()
@@ -111,7 +114,9 @@ async def nginx_mode(
         if "MESH_BACKEND" not in environ:
             environ["MESH_BACKEND"] = str(await one.start_backend("b"))
         environ = {"MESH_INBOUND_MODE": "nginx", "MESH_AUTH_LISTEN": auth, **environ}
-        await one.start("b", backend=False, **environ)
+        file = state / "mesh.toml"
+        file.write_text(rules)
+        await one.start("b", backend=False, config=file, **environ)
         address = tcp(one.app("b").env["MESH_INBOUND_LISTEN"])
         async with running_nginx(configuration(one, state, environ), state, address) as log:
             yield NginxMode(one, address, log, state)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from dstack_mesh.model import Address, TcpAddress, UnixAddress
-from dstack_mesh.ops.readiness import Check, Readiness, backend_answers
+from dstack_mesh.ops.readiness import Check, Readiness, backend_answers, backends_answer
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -169,3 +169,15 @@ async def test_a_backend_that_takes_no_connection_is_over_in_time() -> None:
         ok, reason = await backend_answers(TcpAddress("127.0.0.1", port), timeout=0.05)
         assert not ok
         assert reason == f"127.0.0.1:{port} does not answer within 0.05 s"
+
+
+async def test_several_backends_must_all_answer() -> None:
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    async with server:
+        there = TcpAddress(*server.sockets[0].getsockname()[:2])
+        gone = UnixAddress("/nowhere/backend.sock")
+        assert await backends_answer([there]) == (True, f"{there} answers")
+        ok, reason = await backends_answer([there, gone, there])
+        assert not ok
+        assert reason.startswith(f"{there} answers; {gone} does not answer: ")
+        assert reason.count(str(there)) == 1

@@ -190,12 +190,29 @@ async def test_the_server_name_is_the_endpoints(make: Make, name: str | None) ->
         assert server_name(target.received) == name
 
 
-async def test_no_session_is_resumed(make: Make) -> None:
+async def test_sessions_are_resumed_under_one_identity_of_ours(make: Make) -> None:
     with Impostor(KMS.issue(APP_B), answer=lambda _: b"x") as target:
         rig = make(target.address)
         for _ in range(3):
-            await rig.connect()
+            upstream = await rig.connect()
+            upstream.write(b"x")  # its tickets come before the answer
+            await eventually(lambda one=upstream: one.gone or one.transport.is_closing())
         await asyncio.to_thread(target.wait_for_handshakes, 3)
+        assert target.resumed == 2
+        rig.identity.current = snapshot_of(KMS, APP_A, generation=8)
+        await rig.connect()
+        await asyncio.to_thread(target.wait_for_handshakes, 4)
+        assert target.resumed == 2
+
+
+async def test_no_session_of_tls_1_2_is_resumed(make: Make) -> None:
+    old = ssl.TLSVersion.TLSv1_2
+    with Impostor(KMS.issue(APP_B), max_version=old, answer=lambda _: b"x") as target:
+        rig = make(target.address, identity=FakeIdentity(OURS_12))
+        for _ in range(3):
+            upstream = await rig.connect()
+            upstream.write(b"x")
+            await eventually(lambda one=upstream: one.gone or one.transport.is_closing())
         assert target.resumed == 0
 
 

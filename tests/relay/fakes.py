@@ -75,6 +75,12 @@ class FakeTransport(asyncio.Transport):
         assert high is not None
         self._high = high
 
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        assert self.lost, "only then is there nobody left to tell"
+
+    def get_write_buffer_size(self) -> int:
+        return self._held
+
     def write(self, data: bytes | bytearray | memoryview) -> None:
         assert isinstance(data, bytes), "a transport may keep what it was given"
         assert not self._closing, "written to after the end"

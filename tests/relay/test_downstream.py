@@ -745,3 +745,36 @@ async def test_a_cut_is_a_reset_for_a_real_client() -> None:
         upstream.break_off()
         with pytest.raises(ConnectionResetError):
             await asyncio.wait_for(loop.sock_recv(sock, 65536), 10)
+
+
+# Giving way.
+
+
+async def test_only_who_waits_for_a_request_may_give_way() -> None:
+    async with rig() as one:
+        begun = one.worker.clock()
+        assert 0 <= one.client.protocol.waiting_since() - begun + 1 < 2  # type: ignore[attr-defined]
+        held = one.client.protocol
+
+        def waits() -> bool:
+            return held.waiting_since() is not NEVER  # type: ignore[attr-defined,no-any-return]
+
+        one.client.receive(b"GET /1 HTT")
+        assert not waits(), "a head has begun"
+        one.client.receive(b"P/1.1\r\nHost: a\r\n\r\n")
+        upstream = await one.connect()
+        assert not waits(), "an exchange is going on"
+        one.client.stall()
+        upstream.receive(OK)
+        await one.turn()
+        assert not waits(), "the client has not taken all of its answer"
+        one.client.flow()
+        assert waits()
+        one.client.close()
+        assert not waits(), "it is ending"
+
+
+async def test_who_is_refused_does_not_give_way() -> None:
+    async with rig() as one:
+        one.client.receive(b"nonsense\r\n\r\n")
+        assert one.client.protocol.waiting_since() is NEVER  # type: ignore[attr-defined]

@@ -72,7 +72,10 @@ async def test_a_lane_counts_its_connections(worker: Worker) -> None:
     first.transport.abort()
     await asyncio.sleep(0)
     assert lane.open == 1
-    Upstream(lane).connection_lost(None)  # one that was never ready
+    never_ready = Upstream(lane)
+    never_ready.connection_made(FakeTransport(never_ready))
+    never_ready.transport.abort()
+    await asyncio.sleep(0)
     assert lane.open == 1
     second.transport.abort()
     await asyncio.sleep(0)

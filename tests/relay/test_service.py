@@ -6,14 +6,23 @@ from collections.abc import AsyncIterator
 import pytest
 from tests.relay.fakes import rig
 
-from dstack_mesh.relay.deadlines import Timeouts
+from dstack_mesh.relay import service as module
+from dstack_mesh.relay.deadlines import NEVER, Timeouts
 from dstack_mesh.relay.service import Service
 from dstack_mesh.relay.worker import Worker
 
 
 class FakeConnection:
-    def __init__(self) -> None:
+    def __init__(self, waiting_since: float = NEVER) -> None:
         self.drained = self.was_cut = 0
+        self.since = waiting_since
+        self.expired = False
+
+    def waiting_since(self) -> float:
+        return self.since
+
+    def expire(self, now: float) -> None:
+        self.expired = True
 
     def drain(self) -> None:
         self.drained += 1
@@ -85,6 +94,53 @@ async def test_abort_cuts_all(service: Service) -> None:
         service.opened(one)
     service.abort()
     assert [one.was_cut for one in connections] == [1, 1]
+    gone = asyncio.create_task(service.gone())
+    service.closed(connections[0])
+    await asyncio.sleep(0)
+    assert not gone.done()
+    service.closed(connections[1])
+    async with asyncio.timeout(0.5):
+        await gone
+
+
+async def test_abort_does_not_wait_for_ever(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ABORT_SECONDS", 0.02)
+    service.opened(FakeConnection())
+    service.abort()
+    async with asyncio.timeout(5):
+        await service.gone()
+
+
+async def test_who_has_waited_longest_gives_way(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = service.worker.clock()
+    fresh = FakeConnection(now - 14)
+    silent = FakeConnection(now - 16)
+    for one in (fresh, silent):
+        assert service.opened(one)
+    newcomer = FakeConnection()
+    assert service.opened(newcomer)
+    assert silent.expired
+    assert not fresh.expired
+    assert service.connections == {fresh, newcomer}
+    service.closed(silent)  # which its transport tells later
+    assert not service.opened(FakeConnection()), "who has just come stays"
+    assert not service.give_way()
+    for _ in range(100):
+        service.opened(FakeConnection())
+    said = [one for one in caplog.records if one.getMessage() == "connections_at_limit"]
+    assert len(said) == 1, "a flood is not one of the log"
+    assert said[0].fields == {  # type: ignore[attr-defined]
+        "listener": "inbound",
+        "open": 1,
+        "limit": 2,
+        "setting": "MESH_MAX_CONNECTIONS",
+        "refused": 0,
+        "gave_way": 1,
+    }
 
 
 async def test_an_exchange_is_recorded_with_its_direction() -> None:

@@ -275,7 +275,7 @@ def test_a_protocol_may_answer_the_peers_end(kms: Kms, new_loop: NewLoop) -> Non
 
         goodbye = scene.peer.goodbye()
         raw = await scene.peer_does(end)
-        assert raw.count(b"\x17\x03\x03") == 2, "the words, and our close-notify"
+        assert raw.count(b"\x17\x03\x03") == 3, "a ticket, the words, and our close-notify"
         await scene.lost()
 
     Case(kms, new_loop).run(main)

@@ -9,6 +9,7 @@ from dstack_mesh.model import AppId, TcpAddress, UnixAddress
 from dstack_mesh.policy.allow import Allow
 from dstack_mesh.settings.errors import SettingsError
 from dstack_mesh.settings.load import Loaded, load_settings, value_of
+from dstack_mesh.settings.rules import TABLES
 from dstack_mesh.settings.schema import AGENT_PATHS, SCHEMA
 
 APP = "3f" * 20
@@ -55,6 +56,8 @@ def test_the_contracts_defaults() -> None:
     assert settings.inbound.auth_listen == TcpAddress("127.0.0.1", 8092)
     assert settings.inbound.server_name == "_"
     assert settings.inbound.allow == Allow(anyone=True)
+    assert settings.inbound.policy_mode == "enforce"
+    assert settings.inbound.rules == settings.inbound.routes == ()
     assert settings.admin.listen == TcpAddress("127.0.0.1", 8093)
     assert settings.dstack.gateway_domain is None
     assert settings.dstack.agent == UnixAddress("/var/run/dstack/dstack.sock")
@@ -68,7 +71,7 @@ def test_the_contracts_defaults() -> None:
     assert settings.max_connections == 10000
     assert loaded.warnings == ()
     assert {str(source) for source in loaded.sources.values()} == {"default"}
-    assert loaded.sources.keys() == {setting.key for setting in SCHEMA}
+    assert loaded.sources.keys() == {setting.key for setting in SCHEMA} | set(TABLES)
 
 
 def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:

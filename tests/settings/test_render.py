@@ -7,6 +7,7 @@ import pytest
 
 from dstack_mesh.settings import render
 from dstack_mesh.settings.load import load_settings
+from dstack_mesh.settings.rules import TABLES
 from dstack_mesh.settings.schema import SCHEMA
 
 APP = "3f" * 20
@@ -38,7 +39,7 @@ def test_the_toml_gives_the_same_settings_again(environ: dict[str, str], tmp_pat
     file.write_text(render.as_toml(loaded))
     again = load_settings({}, {}, file, exists=lambda _path: True)
     assert again.settings == loaded.settings
-    assert render.as_json(again).keys() == {setting.key for setting in SCHEMA}
+    assert render.as_json(again).keys() == {setting.key for setting in SCHEMA} | set(TABLES)
 
 
 def test_each_value_has_its_source(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from dstack_mesh.settings.errors import SettingsError
 def _read(tmp_path: Path, text: str) -> dict[str, str]:
     file = tmp_path / "mesh.toml"
     file.write_text(text)
-    return toml_file.read(file)
+    return toml_file.read(file).values
 
 
 def _error(tmp_path: Path, text: str) -> str:
@@ -48,7 +48,8 @@ def test_keys_of_all_types_become_text(tmp_path: Path) -> None:
         ("[outbound]\nlisen = 1", ["outbound.lisen", "is 1", "outbound.listen"]),
         ("workers = 4", ["workers", "is 4", "no such key"]),
         ("[inbund]\nallow = 1", ["inbund", "nearest"]),
-        ("[[inbound.rule]]\nname = 'x'", ["inbound.rule", "no such key"]),
+        ("[[inbound.rle]]\nname = 'x'", ["inbound.rle", "no such key", "is inbound.rule"]),
+        ("[[inbund.rule]]\nname = 'x'", ["inbund", "no such key"]),
         ("outbound = 1", ["outbound in", "is 1", "accepted is a table"]),
         ("[tls]\nmin_version = 1.3", ["tls.min_version", "1.3", "a string: 1.2 or 1.3"]),
         ("[outbound]\ndefault_port = true", ["outbound.default_port", "True", "1 to 65535"]),

@@ -27,6 +27,7 @@ COMMANDS = {
     "check": "Tell what works and what does not, and what to do.",
     "demo": "Show a whole mesh of two apps on this machine.",
     "sim": "Simulate KMS, guest agents and gateway for development.",
+    "policy": "Explain what the policy decides about a request.",
     "inspect": "Tell who a certificate says it is, and whether its chain holds.",
     "nginx-config": "Print a configuration of nginx for nginx mode.",
     "config": "Print the effective settings and where each came from.",

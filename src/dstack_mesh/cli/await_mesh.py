@@ -171,7 +171,7 @@ def _admin_address(flag: str | None, config: Path | None) -> Address:
     if text is None and config is not None:
         from dstack_mesh.settings import toml_file
 
-        name, text = f"admin.listen in {config}", toml_file.read(config).get("admin.listen")
+        name, text = f"admin.listen in {config}", toml_file.read(config).values.get("admin.listen")
     text = text or _DEFAULT_ADMIN
     try:
         address = parse.listen(text)

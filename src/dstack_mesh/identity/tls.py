@@ -106,8 +106,6 @@ def client_context(credentials: Credentials, min_version: ssl.TLSVersion) -> ssl
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
     _configure(context, credentials, min_version)
-    if min_version >= ssl.TLSVersion.TLSv1_3:
-        context.options &= ~ssl.OP_NO_TICKET
     return context
 
 

@@ -27,8 +27,10 @@ from dstack_mesh.identity.chain import ChainRuleBroken
 from dstack_mesh.identity.escaped_pem import EscapedPemError, parse_escaped_pem
 from dstack_mesh.identity.leaf import identify_leaf
 from dstack_mesh.identity.store import Snapshot
-from dstack_mesh.model import AppId, PeerIdentity, Role
-from dstack_mesh.policy.allow import Allow
+from dstack_mesh.inbound.denials import DenialLog
+from dstack_mesh.model import PeerIdentity, Role
+from dstack_mesh.policy.current import Current
+from dstack_mesh.policy.rule import UNKNOWN
 from dstack_mesh.relay.answers import Answer, problem
 from dstack_mesh.relay.interfaces import Handler, Plan
 from dstack_mesh.relay.lane import Route
@@ -44,9 +46,6 @@ _ASKED_FOR = frozenset((_CERTIFICATE, _VERDICT, _METHOD, _TARGET))
 _TEXT = "text/plain; charset=utf-8"
 _SHOWN = 100
 """Bytes of what was sent to us that an answer repeats."""
-
-_UNKNOWN = AppId("")
-"""Equal to no app-id."""
 
 Refusal = tuple[type[MeshError], str]
 
@@ -136,14 +135,14 @@ class AuthService(Handler[AuthPlan]):
     def __init__(
         self,
         identity: OwnIdentity,
-        allow: Allow,
+        policy: Current,
         count_decision: Callable[[str], None] = lambda decision: None,
         leaves: KnownLeaves | None = None,
     ) -> None:
-        """`count_decision` is called with `allow` or `deny` for each decision of policy."""
+        """`count_decision` is called with each decision of policy: `allow`, `deny` or `audit`."""
         self._identity = identity
-        self.allow = allow
-        """Read anew for each question; a reload puts another in its place."""
+        self._current = policy
+        self._denials = DenialLog()
         self._count_decision = count_decision
         self._leaves = leaves or KnownLeaves()
 
@@ -165,7 +164,7 @@ class AuthService(Handler[AuthPlan]):
             if path == b"/health":
                 return Answer(200, b"OK\n", _TEXT)
             peer = self._caller(plan)
-            self._authorise(peer)
+            self._authorise(peer, plan)
         except MeshError as error:
             return _refused(error, plan.fields.request_id[:_SHOWN].decode("latin-1"))
         return Answer(
@@ -183,12 +182,17 @@ class AuthService(Handler[AuthPlan]):
         except ChainRuleBroken as error:
             raise ClientCertUntrusted(f"the client certificate is not trusted: {error}") from error
 
-    def _authorise(self, peer: PeerIdentity) -> None:
+    def _authorise(self, peer: PeerIdentity, plan: AuthPlan) -> None:
+        """Policy's no is 403 whatever the reason: nginx knows no 400 here."""
         own = self._identity.current
-        allowed = self.allow.permits(peer.app_id, own.app_id if own is not None else _UNKNOWN)
-        self._count_decision("allow" if allowed else "deny")
-        if not allowed:
-            raise PolicyDenied(self.allow.denial(peer.app_id))
+        own_id = own.app_id if own is not None else UNKNOWN
+        decision = self._current.policy.decide(peer, own_id, plan.method, plan.target)
+        self._count_decision(decision.verdict)
+        if decision.allowed and not decision.audited:
+            return
+        self._denials.add(decision, peer, plan.method, plan.target, plan.fields.request_id)
+        if not decision.allowed:
+            raise PolicyDenied(decision.why)
 
 
 def _refused(error: MeshError, request_id: str) -> Answer:

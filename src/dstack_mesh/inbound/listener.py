@@ -1,4 +1,4 @@
-"""Accepting TLS connections: limits before the handshake, and a time limit on it."""
+"""TLS on accepted connections: limits before the handshake, and a time limit on it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
-from errno import EMFILE
 
 from dstack_mesh.identity.store import IdentityStore, Snapshot
 from dstack_mesh.identity.tls import describe_tls_failure
@@ -17,16 +16,12 @@ from dstack_mesh.relay.tls import TlsTransport
 
 log = logging.getLogger(__name__)
 
-_ACCEPT_PAUSE = 0.2
-"""Seconds without accepting after the system had no descriptor left for another connection."""
-
-
 MAX_HANDSHAKES = 512
 """Handshakes in progress. An honest one takes milliseconds, a silent one the whole time limit."""
 
 
 class TlsListener:
-    """Accepts on one socket, and keeps count of the handshakes in progress.
+    """Takes accepted sockets, and keeps count of the handshakes in progress.
 
     Where there is no room for another handshake, the oldest in progress gives way (ADR 5): callers
     that never finish theirs cannot keep others out, and cost a bounded amount of memory.
@@ -49,56 +44,36 @@ class TlsListener:
         self._max_handshakes = min(MAX_HANDSHAKES, max_connections)
         # In their order of age.
         self._handshakes: dict[TlsTransport, None] = {}
-        self._failures = 0
-        self._accepting: asyncio.Task[None] | None = None
+        self._opening: dict[asyncio.Task[None], tuple[TlsTransport, socket.socket]] = {}
 
-    def start(self, sock: socket.socket) -> None:
-        """Begin to accept on a listening, non-blocking socket."""
-        loop = self._service.worker.loop
-        self._accepting = loop.create_task(self._accept(sock))
-
-    async def stop(self) -> None:
-        """Stop accepting; handshakes in progress go on. The socket stays the caller's."""
-        if self._accepting is not None:
-            self._accepting.cancel()
-            await asyncio.gather(self._accepting, return_exceptions=True)
+    def take(self, accepted: socket.socket) -> None:
+        """See `Take`: begin a handshake, or close."""
+        snapshot = self._identity.current
+        if snapshot is None or not self._has_room():
+            accepted.close()
+            return
+        transport = self._handshake(snapshot)
+        self._handshakes[transport] = None
+        task = self._service.worker.loop.create_task(self._open(transport, accepted))
+        self._opening[task] = transport, accepted
+        task.add_done_callback(self._opened)
 
     def abort(self) -> None:
         """Give up the handshakes in progress."""
         for handshake in list(self._handshakes):
             handshake.abort()
-
-    async def _accept(self, sock: socket.socket) -> None:
-        loop = self._service.worker.loop
-        while True:
-            try:
-                accepted, _ = await loop.sock_accept(sock)
-            except OSError as error:
-                self._accept_failed(error)
-                await asyncio.sleep(_ACCEPT_PAUSE)
-                continue
-            if self._failures:
-                event(log, logging.INFO, "accepting_again", failures=self._failures)
-                self._failures = 0
-            snapshot = self._identity.current
-            if snapshot is None or not self._has_room():
-                accepted.close()
-                continue
-            await self._begin(accepted, snapshot)
-            # A full backlog would otherwise be taken in one go, while everybody else waits.
-            await asyncio.sleep(0)
-
-    def _accept_failed(self, error: OSError) -> None:
-        """Say so once, not five times a second for as long as it lasts."""
-        self._failures += 1
-        if self._failures == 1:
-            hint = "; raise the limit on open files (ulimit -n)" if error.errno == EMFILE else ""
-            event(log, logging.WARNING, "accept_failed", error=f"{error}{hint}")
+        for task, (transport, accepted) in list(self._opening.items()):
+            task.cancel()
+            accepted.close()  # a task that has not begun closes nothing
+            self._settled(transport, ConnectionAbortedError("the listener has ended"))
 
     def _has_room(self) -> bool:
         """Tell whether one more may be let in; the oldest handshake may have to give way."""
         connections, handshakes = len(self._service.connections), len(self._handshakes)
+        if connections + handshakes >= self._max_connections and self._service.give_way():
+            connections -= 1
         if connections >= self._max_connections:
+            self._service.refused()
             return False
         most = min(self._max_handshakes, self._max_connections - connections)
         if handshakes >= most:
@@ -107,27 +82,32 @@ class TlsListener:
             self._settled(oldest, ConnectionAbortedError("it gave way to a newer one"))
         return True
 
-    async def _begin(self, accepted: socket.socket, snapshot: Snapshot) -> None:
-        """Hand the connection to TLS; from here on nobody waits for it."""
+    def _handshake(self, snapshot: Snapshot) -> TlsTransport:
         worker = self._service.worker
-        protocol = self._service.protocol(self._terminator.handler(snapshot))
         transport = TlsTransport(
             worker,
-            protocol,
+            self._service.protocol(self._terminator.handler(snapshot)),
             lambda incoming, outgoing: snapshot.server_context.wrap_bio(incoming, outgoing, True),
             lambda error: self._settled(transport, error),
             server_side=True,
             deadline=worker.clock() + worker.timeouts.head,
         )
-        self._handshakes[transport] = None
+        return transport
+
+    async def _open(self, transport: TlsTransport, accepted: socket.socket) -> None:
+        """Hand the connection to TLS; from here on nobody waits for it."""
+        loop = self._service.worker.loop
         try:
-            await worker.loop.connect_accepted_socket(transport.as_protocol, accepted)
+            await loop.connect_accepted_socket(transport.as_protocol, accepted)
         except BaseException as error:
             transport.abort()
             accepted.close()
             self._settled(transport, error)
             if not isinstance(error, OSError):
                 raise
+
+    def _opened(self, task: asyncio.Task[None]) -> None:
+        self._opening.pop(task, None)
 
     def _settled(self, transport: TlsTransport, error: BaseException | None) -> None:
         if transport not in self._handshakes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TypedDict
 
 from dstack_mesh.model import Address, UnixAddress
@@ -87,6 +87,12 @@ async def backend_answers(
         return False, f"{address} does not answer: {_why(error)}"
     transport.abort()
     return True, f"{address} answers"
+
+
+async def backends_answer(addresses: Iterable[Address]) -> tuple[bool, str]:
+    """Ask all of `addresses` at once, each of them once. Gives (all do, each with its reason)."""
+    found = await asyncio.gather(*map(backend_answers, dict.fromkeys(addresses)))
+    return all(ok for ok, _ in found), "; ".join(reason for _, reason in found)
 
 
 def _why(error: Exception) -> str:

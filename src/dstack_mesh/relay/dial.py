@@ -75,6 +75,7 @@ class PlainConnector(Connector):
                 await loop.create_connection(upstream.as_protocol, sock=sock)
         except TimeoutError:
             detail = f"{self._what} at {self._address} did not accept within {self._timeout:g} s"
+            detail += " (MESH_CONNECT_TIMEOUT)"
             raise (self._unavailable or ConnectTimeout)(detail) from None
         except OSError as error:
             detail = f"{self._what} at {self._address}: {reason(error)}"

@@ -10,6 +10,7 @@ import struct
 from typing import Any, Final, Generic
 
 from dstack_mesh.errors import BadRequest, HeaderTooLarge, MeshError, Overloaded, UriTooLong
+from dstack_mesh.memory import let_go
 from dstack_mesh.relay.answers import Answer, find_request_id, problem
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.exchange import Exchange
@@ -127,6 +128,7 @@ class Downstream(Client, Generic[P]):
         self._listener.closed(self)
         if self._exchange is not None:
             self._exchange.client_lost()
+        let_go(self.transport)
 
     def pause_writing(self) -> None:
         """Pause the response's source."""
@@ -153,6 +155,19 @@ class Downstream(Client, Generic[P]):
             self._exchange.timed_out()
         else:
             self.transport.abort()
+
+    def waiting_since(self) -> float:
+        """See `Connection`."""
+        if (
+            self._exchange is not None
+            or self._head_started
+            or self._lingering
+            or self._pending
+            or self.transport.is_closing()
+            or self.transport.get_write_buffer_size()
+        ):
+            return NEVER
+        return self.deadline - self.worker.timeouts.idle
 
     def drain(self) -> None:
         """See `Connection`."""

@@ -109,6 +109,14 @@ class Client(StreamProtocol):
         """End the connection so that the client sees its response as incomplete."""
         raise NotImplementedError
 
+    def expire(self, now: float) -> None:
+        """Act on the deadline's having passed: end the connection where it waits for a request."""
+        raise NotImplementedError
+
+    def waiting_since(self) -> float:
+        """Tell since when it has waited for a request; `NEVER` where it is not waiting for one."""
+        raise NotImplementedError
+
 
 class Listener:
     """The listener that accepted a connection."""

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from dstack_mesh.errors import MeshError
+from dstack_mesh.memory import let_go
 from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.stream import StreamProtocol
@@ -175,6 +176,7 @@ class Upstream(StreamProtocol):
         if exchange is not None:
             self.exchange = None
             exchange.upstream_lost(self, exc)
+        let_go(self.transport)
 
     def pause_writing(self) -> None:
         """Pause the request's source."""

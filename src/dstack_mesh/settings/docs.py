@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from dstack_mesh.settings import rules
 from dstack_mesh.settings.render import as_markdown
 from dstack_mesh.settings.schema import SCHEMA
 
@@ -27,7 +28,18 @@ Rust mesh's file has too.
 
 """
 
+_TABLES = """
+## Rules and routes
+
+These are in the file only. [policy.md](policy.md) says what they mean. Their order counts. Where a
+list is accepted, one string is too; an empty list is an error, and so is a key that is not in these
+tables.
+
+"""
+
 _FOOT = """
+## The Rust mesh's file
+
 The Rust mesh's own TOML file is accepted as it is: `[client]` (`enabled`, `address`, `port`) is
 `outbound.listen`, `[auth]` with the same keys is `inbound.mode = "nginx"` with
 `inbound.auth_listen` (nothing where `enabled` is false), and `[dstack]` and `[tls]` have the keys
@@ -44,7 +56,13 @@ above, where an empty string counts as not set.
 def document() -> str:
     """Write the whole page."""
     restricting = " and ".join(f"`{setting.env[0]}`" for setting in SCHEMA if setting.restricts)
-    return _HEAD.format(restricting=restricting) + as_markdown() + _FOOT
+    return (
+        _HEAD.format(restricting=restricting)
+        + as_markdown()
+        + _TABLES
+        + rules.as_markdown()
+        + _FOOT
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from dstack_mesh.model import TcpAddress
-from dstack_mesh.settings import toml_file, tree
+from dstack_mesh.settings import rules, toml_file, tree
 from dstack_mesh.settings.errors import SettingsError, one_line, shown
 from dstack_mesh.settings.schema import AGENT_PATHS, BY_ENV, BY_KEY, SCHEMA, Setting
 
@@ -68,7 +68,7 @@ def load_settings(
     Every value given is judged, also one that another source overrides. An empty variable counts
     as not set, but where the setting restricts. Raises SettingsError for the first that is wrong.
     """
-    in_file = toml_file.read(file) if file is not None else {}
+    in_file, tables = toml_file.read(file) if file is not None else ({}, {})
     file_name = one_line(str(file))
     values: dict[str, Any] = {}
     sources: dict[str, Source] = {}
@@ -85,8 +85,16 @@ def load_settings(
             given.append((Source("file", file_name), in_file[setting.key]))
         read = [(_read(setting, source, text), source) for source, text in given]
         values[setting.key], sources[setting.key] = read[0] if read else _default(setting, exists)
+    for key in rules.TABLES:
+        values[key] = rules.read(key, tables[key], file_name) if key in tables else ()
+        sources[key] = Source("file", file_name) if key in tables else Source("default")
     _check(values, sources, exists)
-    warnings = _unknown_variables(environ) + _open_auth_service(values, sources)
+    _check_routes(values, sources)
+    warnings = (
+        _policy_is_off(values, sources)
+        + _unknown_variables(environ)
+        + _open_auth_service(values, sources)
+    )
     if sources["dstack.agent"].kind == "default" and not exists(values["dstack.agent"].path):
         warnings.append(
             f"dstack.agent: no guest agent's socket is at {', '.join(AGENT_PATHS)};"
@@ -101,10 +109,10 @@ def load_settings(
 
 
 def value_of(settings: tree.Settings, key: str) -> Any:
-    """Give the value of `key` (`outbound.listen`) in the tree."""
+    """Give the value of `key` (`outbound.listen`, or one of `rules.TABLES`) in the tree."""
     section, dot, name = key.partition(".")
     value = getattr(settings, section)
-    return getattr(value, name) if dot else value
+    return getattr(value, rules.FIELDS.get(key, name)) if dot else value
 
 
 def _read(setting: Setting, source: Source, text: str) -> Any:
@@ -165,6 +173,36 @@ def _check(
         taken[address] = name
 
 
+def _check_routes(values: Mapping[str, Any], sources: Mapping[str, Source]) -> None:
+    mode = values["inbound.mode"]
+    if not values["inbound.route"] or mode == "off":
+        return
+    where = f"inbound.route in {sources['inbound.route'].name}"
+    if mode == "nginx":
+        raise SettingsError(
+            f"{where} is there, and {sources['inbound.mode'].key(BY_KEY['inbound.mode'])} is"
+            ' "nginx": accepted are routes in embedded mode only; behind nginx it is nginx that'
+            " chooses the backend"
+        )
+    if values["inbound.backend"] is None:
+        raise SettingsError(
+            f"{where} is there without inbound.backend: accepted is both, since inbound.backend"
+            " takes what no route does"
+        )
+
+
+def _policy_is_off(values: Mapping[str, Any], sources: Mapping[str, Source]) -> list[str]:
+    """Warn where there is a policy, and nothing is denied by it."""
+    name = "inbound.policy_mode"
+    if values[name] != "audit":
+        return []
+    advice = (
+        "policy denies nobody, not even who is not in inbound.allow (MESH_ALLOWED_APPS); what it"
+        " would deny is counted and logged"
+    )
+    return [f'{sources[name].key(BY_KEY[name])} is "audit": {advice}']
+
+
 def _open_auth_service(values: Mapping[str, Any], sources: Mapping[str, Source]) -> list[str]:
     """Warn of an auth service that others than nginx could ask."""
     name = "inbound.auth_listen"
@@ -197,7 +235,7 @@ def _build(values: Mapping[str, Any]) -> tree.Settings:
     for key, value in values.items():
         section, dot, name = key.partition(".")
         if dot:
-            sections[section][name] = value
+            sections[section][rules.FIELDS.get(key, name)] = value
         else:
             whole[key] = value
     return tree.Settings(**whole, **{name: _SECTIONS[name](**sections[name]) for name in _SECTIONS})

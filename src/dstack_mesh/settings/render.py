@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from dstack_mesh.settings import rules
 from dstack_mesh.settings.load import Loaded, value_of
 from dstack_mesh.settings.schema import SCHEMA, Setting
 
@@ -17,15 +18,19 @@ def as_toml(loaded: Loaded) -> str:
     return "\n".join(_toml_lines(loaded)) + "\n"
 
 
-def as_json(loaded: Loaded) -> dict[str, dict[str, str | int | None]]:
-    """Give each key's `value` (None is unset) and `source`."""
-    return {
+def as_json(loaded: Loaded) -> dict[str, dict[str, Any]]:
+    """Give each key's `value` (None is unset; rules and routes are lists) and `source`."""
+    found: dict[str, dict[str, Any]] = {
         setting.key: {
             "value": _plain(setting, value_of(loaded.settings, setting.key)),
             "source": str(loaded.sources[setting.key]),
         }
         for setting in SCHEMA
     }
+    for key in rules.TABLES:
+        value = [rules.plain(one) for one in value_of(loaded.settings, key)]
+        found[key] = {"value": value, "source": str(loaded.sources[key])}
+    return found
 
 
 def as_markdown() -> str:
@@ -64,6 +69,8 @@ def _toml_lines(loaded: Loaded) -> Iterator[str]:
         else:
             # A JSON string is a TOML basic string where it is printable, as all values are.
             yield f"{name} = {json.dumps(value, ensure_ascii=False)}  # {source}"
+    for key in rules.TABLES:
+        yield from rules.toml_lines(key, value_of(loaded.settings, key), str(loaded.sources[key]))
 
 
 def _plain(setting: Setting, value: Any) -> str | int | None:

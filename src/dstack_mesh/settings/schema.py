@@ -165,6 +165,11 @@ SCHEMA: tuple[Setting, ...] = (
         "any", "Which apps under this KMS may call.", reloadable=True, restricts=True,
     ),
     Setting(
+        "inbound.policy_mode", ("MESH_POLICY_MODE",), _choice("enforce", "audit"), "enforce",
+        "Whether policy denies, or only counts and logs what it would deny (audit).",
+        reloadable=True,
+    ),
+    Setting(
         "admin.listen", ("MESH_ADMIN_LISTEN",), _LISTEN, "127.0.0.1:8093",
         "Where health and metrics are served; off disables.", off_text="off",
     ),
@@ -234,7 +239,7 @@ SCHEMA: tuple[Setting, ...] = (
     Setting(
         "max_connections", ("MESH_MAX_CONNECTIONS",),
         Kind(parse.count, "a whole number from 1 to 999999999", number=True), "10000",
-        "Connections per listener; over it callers get overloaded.",
+        "Connections per listener; over it idle ones give way, or callers get overloaded.",
     ),
 )  # fmt: skip
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dstack_mesh.model import TcpAddress
 from dstack_mesh.settings.errors import SettingsError, one_line, shown
+from dstack_mesh.settings.rules import TABLES
 from dstack_mesh.settings.schema import BY_KEY, Setting
 
 if TYPE_CHECKING:
@@ -23,8 +24,18 @@ _RUST_KEYS = ("dstack.gateway_domain", "tls.cert_file", "tls.key_file", "tls.ca_
 """Keys that the Rust mesh's file has too; what is not known is an empty string there."""
 
 
-def read(file: Path) -> dict[str, str]:
-    """Read `file` to the text of each key that it sets.
+class InFile(NamedTuple):
+    """What a file sets."""
+
+    values: dict[str, str]
+    """The text of each key."""
+
+    tables: dict[str, object]
+    """What stands at each key of `rules.TABLES` that is there."""
+
+
+def read(file: Path) -> InFile:
+    """Read `file` to the text of each key that it sets, and its tables of rules and routes.
 
     Raises SettingsError where it cannot be read, is not TOML, or has a key that is unknown or of
     the wrong type. The values themselves are not judged here.
@@ -39,6 +50,7 @@ def read(file: Path) -> dict[str, str]:
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{name}: is not valid TOML: {one_line(str(error))}") from error
 
+    tables = _tables(document)
     client = _rust_listener("client", document.pop("client", None), name)
     auth = _rust_listener("auth", document.pop("auth", None), name)
     values = {key: _text(key, value, name) for key, value in _flat(document, name)}
@@ -50,12 +62,20 @@ def read(file: Path) -> dict[str, str]:
     for key in _RUST_KEYS:
         if values.get(key) == "":
             del values[key]
-    return values
+    return InFile(values, tables)
 
 
 def nearest(name: str, known: list[str]) -> str:
     """Give the one of `known` that `name` was most likely meant to be."""
     return difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+
+
+def _tables(document: dict[str, Any]) -> dict[str, object]:
+    inbound = document.get("inbound")
+    if not isinstance(inbound, dict):
+        return {}
+    names = [key.partition(".")[2] for key in TABLES]
+    return {f"inbound.{name}": inbound.pop(name) for name in names if name in inbound}
 
 
 def _flat(document: dict[str, Any], name: str) -> list[tuple[str, Any]]:
@@ -71,7 +91,7 @@ def _flat(document: dict[str, Any], name: str) -> list[tuple[str, Any]]:
         if key not in BY_KEY:
             raise SettingsError(
                 f"{one_line(key)} in {name} is {shown(value)}: no such key; the nearest known is"
-                f" {nearest(key, list(BY_KEY))}"
+                f" {nearest(key, [*BY_KEY, *TABLES])}"
             )
     return found
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from dstack_mesh.gateway_domain import Gateway
     from dstack_mesh.model import Address, TcpAddress
     from dstack_mesh.policy.allow import Allow
+    from dstack_mesh.policy.route import Route
+    from dstack_mesh.policy.rule import Rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,12 @@ class InboundSettings:
     """For the configuration of nginx; `_` stands for any name."""
 
     allow: Allow
+    policy_mode: Literal["enforce", "audit"]
+    rules: tuple[Rule, ...] = ()
+    """The file's `[[inbound.rule]]`, in their order."""
+
+    routes: tuple[Route, ...] = ()
+    """The file's `[[inbound.route]]`, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
