@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.container.docker import EXAMPLE, IMAGE, Stack, build_images, need_docker
+from tests.container.docker import ADDRESSES, EXAMPLE, IMAGE, Stack, build_images, need_docker
 
 
 @pytest.fixture(scope="session")
@@ -15,11 +15,10 @@ def image() -> str:
     return IMAGE
 
 
-@pytest.fixture(scope="module", params=["embedded", "nginx"])
+@pytest.fixture(scope="session", params=["embedded", "nginx"])
 def stack(image: str, request: pytest.FixtureRequest) -> Iterator[Stack]:
-    """The example as its readers start it, in each inbound mode, or a module's `FILES` of it."""
-    files = getattr(request.module, "FILES", (EXAMPLE,))
-    one = Stack(f"mesh-test-{request.param}", request.param, files=files)
+    """The example as its readers start it, in each inbound mode; one for all tests in turn."""
+    one = Stack(f"mesh-test-{request.param}", request.param, files=(EXAMPLE, ADDRESSES))
     one.down()  # of a run that was killed
     try:
         one.up()

@@ -16,6 +16,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLE = REPOSITORY / "example" / "docker-compose.yml"
+ADDRESSES = Path(__file__).with_name("addresses.yml")
 IMAGE = "dstack-mesh:dev"
 CLIENT_IMAGE = "dstack-mesh-example-client:dev"
 BUILD_SECONDS = 900

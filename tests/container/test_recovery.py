@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from tests.container.docker import BUILD_SECONDS, EXAMPLE, Answer, Stack, docker, eventually
+from tests.container.docker import BUILD_SECONDS, Answer, Stack, docker, eventually
 
-FILES = (EXAMPLE, Path(__file__).with_name("addresses.yml"))
 pytestmark = [pytest.mark.container, pytest.mark.timeout(BUILD_SECONDS)]
 
 
@@ -31,10 +28,13 @@ def test_the_backend_is_killed(stack: Stack) -> None:
 def test_the_backend_comes_back_elsewhere(stack: Stack) -> None:
     """docker gives a container that was started again any address."""
     backend, network = stack.container("backend-app"), f"{stack.project}_billing"
+    docker("kill", backend)
     docker("network", "disconnect", network, backend)
     docker(
         "network", "connect", "--ip", "10.213.77.200", "--alias", "backend-app", network, backend
     )
+    docker("start", backend)
+    assert stack.address("backend-app", "billing") == "10.213.77.200"
     assert stack.works_again() < 15
 
 
