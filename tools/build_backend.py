@@ -41,7 +41,11 @@ COMPILED = (
     "dstack_mesh/outbound/connect.py",
     "dstack_mesh/outbound/proxy.py",
 )
-"""What a request passes through, and what is called for each."""
+"""What a request passes through, and what is called for each.
+
+No module with a class whose annotations are read while it runs (msgspec.Struct): mypyc makes all of
+them `type`.
+"""
 
 GROUP = "dstack_mesh"
 """All modules are one library, `GROUP__mypyc`, so that calls between them are calls of C."""
