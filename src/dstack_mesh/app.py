@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -63,6 +64,8 @@ async def _main(loaded: Loaded, ready_file: Path | None, seat: Seat | None = Non
     notifier = Notifier.from_environ(os.environ) if seat is None else seat.line
     reloader = reload.Reloader(loaded, sidecar.reloadable(), notifier)
     signals = lifecycle.Signals(loop, reloader.ask)
+    # From who ends nginx in front of us first: it has to be seen that this one is ending.
+    loop.add_signal_handler(signal.SIGUSR1, sidecar.announce_end)
     if seat is not None:
         seat.watch_supervisor(loop, lambda: signals.end(0))
     collector = memory.Collector(loop, sidecar.open_connections)

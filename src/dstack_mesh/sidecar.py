@@ -221,6 +221,10 @@ class Sidecar:
         missing = [reason for ok, reason in states if not ok]
         return f"not ready: {'; '.join(missing)}" if missing else f"ready: {states[0][1]}"
 
+    def announce_end(self) -> None:
+        """Turn `/readyz` to 503, and go on serving: what is before us is draining."""
+        self._draining = True
+
     async def drain(self) -> None:
         """Finish what is in flight, at the latest after `drain_timeout`.
 

@@ -24,7 +24,7 @@ from dstack_mesh.sim.world import World
 from tools import build_backend
 
 ROOT = Path(__file__).parents[2]
-COMPILERS = {"mypy>=1.14", "setuptools>=70"}
+COMPILERS = {"mypy>=1.14", "setuptools>=70", "msgspec>=0.19"}
 
 FAKE_COMPILE = """
 import sys
@@ -34,6 +34,8 @@ for source in sys.argv[2:]:
     assert path.exists(), path
     path.with_name(path.stem + ".cpython-fake.so").write_bytes(b"compiled")
 Path("dstack_mesh__mypyc.cpython-fake.so").write_bytes(b"compiled")
+with Path("../../../compilations").open("a") as file:
+    file.write("one ")
 Path("build/left").mkdir(parents=True)
 Path("build/left/over.so").write_bytes(b"not for the wheel")
 """
@@ -229,6 +231,22 @@ def test_a_compiled_wheel_has_libraries_beside_the_sources(
     meta = next(data for name, data in files.items() if name.endswith("/WHEEL"))
     assert b"Root-Is-Purelib: false" in meta
     assert not list((checkout.folder / "src").rglob("*.so")), "the sources are left as they were"
+
+
+def test_the_same_sources_are_compiled_once(checkout: Checkout, machine: Path) -> None:
+    """pip builds a wheel twice: once to learn its name."""
+    command(machine, "cc")
+    checkout.environ["PATH"] = str(machine)
+    (checkout.folder / "tools" / "compile_modules.py").write_text(FAKE_COMPILE)
+    for expected in ("one ", "one ", "one one "):
+        if expected != "one ":
+            with (checkout.folder / "src" / "dstack_mesh" / "wire" / "usual.py").open("a") as file:
+                file.write("# changed\n")
+        done = checkout.build()
+        assert done.returncode == 0, done.stderr
+        wheel = checkout.files(done.stdout.split()[-1])
+        assert "dstack_mesh/wire/usual.cpython-fake.so" in wheel
+        assert (checkout.folder / "compilations").read_text() == expected
 
 
 def test_a_build_that_cannot_compile_fails(checkout: Checkout, machine: Path) -> None:

@@ -36,6 +36,7 @@ _GRACE = 5.0
 
 _EXIT_STATUS = {signal.SIGTERM: 0, signal.SIGINT: 130}
 _FAILED = 70
+_CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
 
 
 @dataclass(slots=True)
@@ -125,7 +126,7 @@ class Supervisor:
         status = _FAILED
         try:
             signal.set_wakeup_fd(-1)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            for number in _CAUGHT:
                 signal.signal(number, signal.SIG_DFL)
             os.setpgid(0, 0)  # a terminal's Ctrl-C is for the supervisor, which passes it on
             for descriptor in (self._told, self._our_life, self._wake, self._wake_up):
@@ -204,13 +205,15 @@ class Supervisor:
 
     def _catch_signals(self) -> None:
         signal.set_wakeup_fd(self._wake_up, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        for number in _CAUGHT:
             signal.signal(number, lambda number, frame: None)  # the descriptor tells
 
     def _signalled(self) -> None:
         for number in os.read(self._wake, 4096):
             if number == signal.SIGCHLD:
                 self._reap()
+            elif number == signal.SIGUSR1:
+                self._send(signal.SIGUSR1)
             elif number == signal.SIGHUP:
                 self._notifier.reloading()
                 for one in self._workers:
