@@ -24,6 +24,33 @@ FAKES = "its fakes are of the relay's base classes"
 PATCHES = "it replaces what a compiled module has by name"
 NEEDS_PYTHON: dict[str, str] = {
     "tests/http/test_requests.py::test_any_pieces_give_the_same_result": FAKES,
+    "tests/http/test_responses_in_memory.py": FAKES,
+    "tests/http/test_rules.py::test_answers_not_mixed": FAKES,
+    "tests/http/test_rules.py::test_answers_not_mixed_among_many_clients": FAKES,
+    "tests/http/test_rules.py::test_answers_not_mixed_by_the_pool": FAKES,
+    "tests/http/test_rules.py::test_limit_connections": FAKES,
+    "tests/http/test_rules.py::test_limit_head_time": FAKES,
+    "tests/http/test_rules.py::test_limit_head_time_of_a_second_request": FAKES,
+    "tests/http/test_rules.py::test_limit_idle_time": FAKES,
+    "tests/http/test_rules.py::test_pipelining_bounded": FAKES,
+    "tests/http/test_rules.py::test_pipelining_order": FAKES,
+    "tests/http/test_rules.py::test_pipelining_order_across_connections": FAKES,
+    "tests/http/test_rules.py::test_pool_after_error_by_an_early_answer": FAKES,
+    "tests/http/test_rules.py::test_pool_after_error_by_leaving": FAKES,
+    "tests/http/test_rules.py::test_pool_after_error_in_a_body": FAKES,
+    "tests/http/test_rules.py::test_refusal_closes": FAKES,
+    "tests/http/test_rules.py::test_refusal_closes_behind_a_body": FAKES,
+    "tests/http/test_rules.py::test_refusal_lingers": FAKES,
+    "tests/http/test_rules.py::test_retry_only_idempotent": FAKES,
+    "tests/http/test_rules.py::test_upgrade_accepted": FAKES,
+    "tests/inbound/test_listener.py": FAKES,
+    "tests/inbound/test_terminator.py": FAKES,
+    "tests/outbound/test_connect.py": FAKES,
+    "tests/outbound/test_proxy.py": FAKES,
+    "tests/wire/test_body.py::test_the_work_for_small_chunks_grows_with_their_number_only": FAKES,
+    "tests/wire/test_take_apart.py::test_python_does_it_where_there_is_none": PATCHES,
+    "tests/wire/test_take_apart.py::test_the_compiled_module_is_used_where_there_is_one": PATCHES,
+    "tests/wire/test_usual.py::test_heads_of_other_forms_are_for_the_long_way": PATCHES,
 }
 """Files of these folders, or tests of theirs, that cannot, and why."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.compiled import NEEDS_PYTHON, arguments
 from tests.integration.harness import Client, request
 from tests.integration.processes import SidecarProcess, sidecar_process
 from tools.build_hook import CustomBuildHook
@@ -134,6 +135,14 @@ def test_editable_installs_and_sdists_never_want_it() -> None:
 @pytest.mark.parametrize("pattern", build_backend.COMPILED)
 def test_what_is_to_be_compiled_is_there(pattern: str) -> None:
     assert list((ROOT / "src").glob(pattern))
+
+
+@pytest.mark.parametrize("name", NEEDS_PYTHON)
+def test_what_is_left_out_with_the_compiled_package_is_there(name: str) -> None:
+    file, _, test = name.partition("::")
+    assert not test or f"def {test}(" in (ROOT / file).read_text()
+    given = arguments()
+    assert (file in given, f"--deselect={name}" in given) == (bool(test), bool(test))
 
 
 # Whole builds, in a copy of the sources.

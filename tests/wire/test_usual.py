@@ -133,7 +133,8 @@ def told(parse: Callable[..., Any], *given: object) -> object:
         fields = parse(*given)
     except MeshError as error:
         return type(error), error.detail
-    return {name: getattr(fields, name) for name in fields.__slots__}
+    values = {name: getattr(fields, name) for name in dir(fields) if not name.startswith("__")}
+    return {name: value for name, value in values.items() if not callable(value)}
 
 
 def forced(lines: list[bytes]) -> bytes:
