@@ -56,7 +56,7 @@ def test_an_error_that_is_not_the_projects_is_found(monkeypatch: Patch) -> None:
     def fault(*_: Any) -> Any:
         raise IndexError("list index out of range")
 
-    monkeypatch.setattr(request, "connection_options", fault)
+    monkeypatch.setattr(request, "parse_request_fields", fault)
     run, seeds = TARGETS["request_head"].load()
 
     def play() -> None:
