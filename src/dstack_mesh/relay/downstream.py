@@ -17,6 +17,7 @@ from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.exchange import Exchange
 from dstack_mesh.relay.interfaces import Client, Decision, Handler, Listener, P
 from dstack_mesh.relay.lane import Route
+from dstack_mesh.relay.seen import Seen
 from dstack_mesh.wire.fields import has_bare_lf, is_token
 from dstack_mesh.wire.limits import (
     MAX_HEAD_BYTES,
@@ -30,26 +31,6 @@ _after_empty_lines = re.compile(rb"\A(?:\r\n)+").sub
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _MAX_REPEATED_BYTES: Final = 2048
 """What a connection may hold in memory of its last head."""
-
-
-class _Seen(Generic[P]):
-    """A head, and what was made of it: clients repeat themselves, wholly or but for the target.
-
-    Only heads of HTTP/1.1 in origin-form, whose field lines mean the same whatever the first is.
-    """
-
-    __slots__ = ("block", "head", "line", "plan", "route")
-
-    def __init__(
-        self, head: bytes, line: RequestLine, block: bytes, plan: P, route: Route | None
-    ) -> None:
-        self.head = head
-        self.line = line
-        self.block = block
-        """The field lines."""
-        self.plan = plan
-        self.route = route
-        """Where it went; None where the mesh itself gave the answer."""
 
 
 class Downstream(Client, Generic[P]):
@@ -81,7 +62,7 @@ class Downstream(Client, Generic[P]):
         self._lingering = False
         self._tunnel = False
         self._saw_eof = False
-        self._last: _Seen[P] | None = None
+        self._last: Seen[P] | None = None
 
     # What asyncio calls.
 
@@ -240,10 +221,10 @@ class Downstream(Client, Generic[P]):
         if plain and end <= _MAX_REPEATED_BYTES:
             head = data[: end + 4] if rest else data
             went = route if isinstance(route, Route) else None
-            self._last = _Seen(head, line, block, plan, went)
+            self._last = Seen(head, line, block, plan, went)
         self._go(exchange, route, rest)
 
-    def _repeat(self, last: _Seen[P]) -> None:
+    def _repeat(self, last: Seen[P]) -> None:
         """Take a head that is the last one again, byte for byte."""
         exchange, route = self._open(last.line, last.plan, last.route)
         last.route = route if isinstance(route, Route) else None

@@ -18,12 +18,12 @@ from dstack_mesh.errors import (
     UpstreamClosed,
     UpstreamProtocolError,
 )
-from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.answers import Answer, problem, settled
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.interfaces import Client
-from dstack_mesh.relay.lane import Lane, Route
-from dstack_mesh.relay.upstream import ResponseSink, Upstream
+from dstack_mesh.relay.lane import Route
+from dstack_mesh.relay.record import Record
+from dstack_mesh.relay.upstream import Upstream
 from dstack_mesh.wire.fields import MalformedError
 from dstack_mesh.wire.request import RequestFields, RequestLine
 from dstack_mesh.wire.translate import RequestBody, Response, behind_body
@@ -32,7 +32,7 @@ _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE
 """RFC 9110 9.2.2."""
 
 
-class Exchange(ResponseSink):
+class Exchange(Record):
     """See the module. Recorded once, when it has ended."""
 
     __slots__ = (
@@ -43,51 +43,16 @@ class Exchange(ResponseSink):
         "_route",
         "_task",
         "_waiting",
-        "bytes_down",
-        "bytes_up",
-        "code",
-        "detail",
-        "fields",
-        "finished",
-        "first_byte",
-        "lane",
-        "line",
-        "peer",
-        "reached",
         "request_done",
-        "request_id",
-        "reused",
-        "started",
-        "status",
         "upstream",
         "worker",
     )
 
     def __init__(self, client: Client, line: RequestLine, fields: RequestFields) -> None:
-        super().__init__()
-        self._client = client
-        self.line = line
-        self.fields = fields
         self.worker = client.worker
-        self.started = self.worker.clock()
-        self.finished = 0.0
-        """In the worker's time, as `started`; 0 before the end."""
+        super().__init__(line, fields, self.worker.clock())
+        self._client = client
         self.request_done = not fields.has_body
-        self.status = 0
-        self.code = ""
-        """The mesh's own error code, or empty."""
-        self.detail = self.request_id = ""
-        """What the error's reader was told; both are empty where there was no error."""
-        self.reached = self.first_byte = 0.0
-        """In the worker's time, else 0: when the connection that was waited for was there, and
-        when the response began where that was not its end too."""
-        self.reused: bool | None = None
-        """Whether the connection had been used before; None for none."""
-        self.lane: Lane | None = None
-        """Where it went; None where the mesh itself answered."""
-        self.peer: PeerIdentity | None = None
-        self.bytes_up = 0
-        self.bytes_down = 0
         self.upstream: Upstream | None = None
         self._route: Route
         self._response: Response | None = None

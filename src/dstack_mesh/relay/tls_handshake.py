@@ -79,7 +79,7 @@ class TlsHandshake(StreamProtocol):
         if self._state != HANDSHAKE:  # given up before it began
             self._raw.abort()
             return
-        if self.deadline is not NEVER:
+        if self.deadline != NEVER:
             self.worker.deadlines.watch(self)
         if not self._server_side and self._begin():
             self._shake_hands()

@@ -134,7 +134,7 @@ class Upstream(StreamProtocol):
             self.generation == generation
             and now < self.expires_at
             and not self.transport.is_closing()
-            and (self.not_after is NEVER or time.time() < self.not_after)
+            and (self.not_after == NEVER or time.time() < self.not_after)
         )
 
     def write(self, data: bytes) -> None:
