@@ -22,20 +22,18 @@ from dstack_mesh.sim.backend import Backend
 from dstack_mesh.sim.messages import Request, Response
 from tests.integration.harness import Answer, Client, Mesh, eventually, mesh, problem, request
 from tests.integration.load import Counted, Load
-from tests.integration.processes import COMMAND, SidecarProcess, clean_environ, sidecar_process
+from tests.integration.processes import (
+    COMMAND,
+    SidecarProcess,
+    children,
+    clean_environ,
+    is_there,
+    sidecar_process,
+)
 from tests.integration.tls_peers import caller_context
 
 _PROMPT = 8.0
 """Seconds for what has to happen at once: far under the 30 s of the time limits here."""
-
-
-def is_there(pid: int) -> bool:
-    """Tell whether a process is there and has not ended."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 @dataclass
@@ -65,8 +63,7 @@ class Site:
 
     def workers(self) -> list[int]:
         """Give the process ids of the workers that are there."""
-        path = Path(f"/proc/{self.supervisor}/task/{self.supervisor}/children")
-        return [pid for pid in map(int, path.read_text().split()) if is_there(pid)]
+        return children(self.supervisor)
 
     def context(self) -> ssl.SSLContext:
         kms = self.mesh.world.kms
@@ -83,7 +80,7 @@ class Site:
     async def ask(self, path: str) -> Answer:
         """Ask the admin listener, on a connection of its own."""
         async with Client.connect(self.target.address("admin")) as client:
-            await client.send(request("GET", path))
+            await client.send(request("GET", path, [("Host", "localhost")]))
             return await client.answer()
 
     async def ready(self, is_ready: bool = True) -> dict[str, dict[str, object]]:
@@ -105,7 +102,7 @@ class Site:
 
 
 @contextlib.asynccontextmanager
-async def _site(tmp_path: Path, *, workers: int = 2, **environ: str) -> AsyncIterator[Site]:
+async def _site(tmp_path: Path, **environ: str) -> AsyncIterator[Site]:
     release = asyncio.Event()
 
     async def wait(_: Request) -> Response:
@@ -121,7 +118,7 @@ async def _site(tmp_path: Path, *, workers: int = 2, **environ: str) -> AsyncIte
         config = tmp_path / "mesh.toml"
         config.write_text("")
         env = {**app.env, "MESH_BACKEND": str(await backend.start()), **environ}
-        env["MESH_WORKERS"] = str(workers)
+        env["MESH_WORKERS"] = "2"
         async with sidecar_process(app.directory, env, config=config) as target:
             site = Site(one, target, backend, release, config, app.directory / "ready.json")
             await site.ready()
@@ -173,7 +170,7 @@ async def test_they_serve_both_directions_and_are_counted_together(site: Site) -
         assert status["workers"] == 2
         assert status["traffic"]["inbound"]["requests"] == count
         assert status["traffic"]["outbound"]["requests"] == 2 * count
-        assert status["decisions"] == {"allow": count}
+        assert status["decisions"] == {"allow": count, "deny": 0, "audit": 0}
         assert status["identity"]["fetched"] == 2, "each has an identity of its own"
     assert len(site.workers()) == 2
 
@@ -198,7 +195,7 @@ def sockets(pid: int) -> int:
     found = 0
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
-            found += os.readlink(link).startswith("socket:")
+            found += str(link.readlink()).startswith("socket:")
     return found
 
 
@@ -453,13 +450,16 @@ async def test_unix_sockets_stay_until_the_end(tmp_path: Path) -> None:
         app = one.app("b")
         env = {**app.env, "MESH_ADMIN_LISTEN": f"unix:{path}", "MESH_WORKERS": "2"}
         async with sidecar_process(app.directory, env) as process:
-            children = Path(f"/proc/{process.process.pid}/task/{process.process.pid}/children")
-            worker = int(children.read_text().split()[0])
-            inode = path.stat().st_ino
+            worker, _ = before = children(process.process.pid)
+            found = os.lstat(path)
             os.kill(worker, signal.SIGTERM)  # an orderly end of a worker's own
-            await eventually(lambda: not is_there(worker))
-            await eventually(lambda: len(children.read_text().split()) == 2)
-            assert path.stat().st_ino == inode
+
+            def replaced() -> bool:
+                now = children(process.process.pid)
+                return len(now) == 2 and now != before
+
+            await eventually(replaced)
+            assert os.path.samestat(os.lstat(path), found)
             reader, writer = await asyncio.open_unix_connection(str(path))
             writer.write(request("GET", "/livez"))
             assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
@@ -555,22 +555,22 @@ async def test_systemd_hears_of_the_supervisor_alone(tmp_path: Path) -> None:
         systemd.bind(f"\0{address[1:]}")
         systemd.setblocking(False)
         told: list[tuple[int, str]] = []
-
-        async def until(line: str) -> None:
-            async with asyncio.timeout(20):
-                while line not in hear():
-                    await asyncio.sleep(0.01)
+        """By which process, and what."""
+        seen = 0
 
         def hear() -> list[str]:
-            """Give what has been told since; note by which process."""
-            lines: list[str] = []
+            """Give what has been told that was not looked at yet."""
             with contextlib.suppress(BlockingIOError):
                 while True:
                     data, (credentials, *_), _, _ = systemd.recvmsg(65536, 128)
                     pid = int.from_bytes(credentials[2][:4], "little")
-                    lines += data.decode().split("\n")
                     told.extend((pid, line) for line in data.decode().split("\n"))
-            return lines
+            return [line for _, line in told[seen:]]
+
+        async def until(line: str) -> None:
+            nonlocal seen
+            await eventually(lambda: line in hear(), 20)
+            seen += hear().index(line) + 1
 
         environ = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "800000"}
         async with _site(tmp_path, **environ) as site:
@@ -584,9 +584,9 @@ async def test_systemd_hears_of_the_supervisor_alone(tmp_path: Path) -> None:
             victim = site.workers()[0]
             os.kill(victim, signal.SIGSTOP)
             await asyncio.sleep(1.0)  # its last sign has to be old, and so have those on their way
-            hear()
+            seen += len(hear())
             await asyncio.sleep(0.5)  # two signs of its sibling's
-            assert "WATCHDOG=1" not in hear()
+            assert hear() == []
             os.kill(victim, signal.SIGCONT)
             await until("WATCHDOG=1")
             site.target.signal(signal.SIGTERM)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
@@ -32,7 +34,7 @@ class Workers:
     def serve(self, *indexes: int) -> None:
         loop = asyncio.get_running_loop()
         for index in indexes:
-            self.boxes[index].serve(loop, lambda backend, index=index: self._report(index, backend))
+            self.boxes[index].serve(loop, functools.partial(self._report, index))
 
     async def _report(self, index: int, include_backend: bool) -> WorkerReport:
         self.asked.append((index, include_backend))
@@ -49,7 +51,7 @@ class Workers:
 
     def received(self, index: int) -> list[Ask]:
         """Take what lies in the mailbox of a worker that does not serve."""
-        found = []
+        found: list[Ask] = []
         while True:
             try:
                 packed = self.pairs[index][0].recv(1 << 17)
@@ -64,7 +66,7 @@ class Workers:
 
 
 @pytest.fixture
-async def three() -> Iterator[Workers]:  # type: ignore[misc] # pytest makes it asynchronous
+async def three() -> AsyncIterator[Workers]:
     one = Workers(3)
     yield one
     loop = asyncio.get_running_loop()
@@ -222,7 +224,7 @@ async def test_an_answer_that_is_no_report_counts_as_none(three: Workers) -> Non
 async def test_a_full_mailbox_holds_nobody_else_up(three: Workers) -> None:
     """Its worker is dead, or stands still: the others are asked all the same."""
     three.serve(0, 2)
-    with pytest.raises(BlockingIOError):
+    with contextlib.suppress(BlockingIOError):
         while True:
             three.send(1, bytes(1000))
     started = time.monotonic()
