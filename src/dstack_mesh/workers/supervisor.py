@@ -6,6 +6,7 @@ inherited: what waits in their queues is lost to nobody when a worker goes.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import selectors
@@ -102,6 +103,10 @@ class Supervisor:
         """Run the workers until told to end; give the exit status."""
         if self._ready_file is not None:
             lifecycle.remove_ready_file(self._ready_file)
+        # What is here lives as long as the process. A collector that looks at it writes to it, and
+        # each worker would have a copy of its own.
+        gc.collect()
+        gc.freeze()
         self._catch_signals()
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake, selectors.EVENT_READ, self._signalled)
