@@ -15,12 +15,13 @@ TARGETS :=
 PARTS :=
 FLAGS :=
 
-.PHONY: help demo test check bench fuzz fmt
+.PHONY: help demo test container check bench fuzz fmt
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    a whole mesh of two apps on this machine, with real requests through it"
 	@echo "make test    lint, types, tests and the coverage they must reach"
+	@echo "make container  build the image and test it and the compose example; needs docker"
 	@echo "make check   lint and types only"
 	@echo "make bench   the races against other proxies, 12 minutes: PARTS=\"...\" for some of them,"
 	@echo "             FLAGS=\"--list\", \"--short\", \"--publish\" (see docs/performance.md)"
@@ -48,6 +49,9 @@ test: check
 	@mkdir -p build
 	$(PY) -m pytest -n 2 --cov --cov-report=json:build/coverage.json
 	$(PY) tools/coverage_gates.py build/coverage.json
+
+container: $(TESTS)
+	$(PY) -m pytest -m container -n 0 tests/container
 
 bench: $(TESTS)
 	$(PY) -m bench $(PARTS) $(FLAGS)

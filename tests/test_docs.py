@@ -23,6 +23,7 @@ _CODE = re.compile(r"`([^`\n]+)`")
 _PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)*/?")
 _MODULE = re.compile(r"(\w+)(?:/\w+)*/\w+\.py")
 _PLACEHOLDER = re.compile(r"/[A-Z]+(?=/|$)")
+_TEST = re.compile(r"`(tests/[\w/]+\.py)::(test_\w+)`")
 _LINK = re.compile(r"\]\(([^()\s]+)\)")
 
 NAMES = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -67,6 +68,34 @@ def test_every_link_within_the_repository_leads_somewhere(document: Path) -> Non
         assert path.exists(), link
         if anchor:
             assert anchor in anchors(path.read_text()), link
+
+
+def missing_tests(text: str) -> list[str]:
+    return [
+        f"{file}::{name}"
+        for file, name in _TEST.findall(text)
+        if not (ROOT / file).exists()
+        or not re.search(rf"^(?:async )?def {name}\(", (ROOT / file).read_text(), re.MULTILINE)
+    ]
+
+
+@NAMES
+def test_every_test_that_is_named_exists(document: Path) -> None:
+    assert missing_tests(document.read_text()) == []
+
+
+def test_a_test_that_is_not_there_is_seen() -> None:
+    here = "`tests/test_docs.py::test_a_test_that_is_not_there_is_seen`"
+    gone = "`tests/test_docs.py::test_gone` `tests/gone.py::test_x`"
+    assert missing_tests(here + gone) == ["tests/test_docs.py::test_gone", "tests/gone.py::test_x"]
+
+
+def test_each_line_for_the_rust_meshs_users_names_its_test() -> None:
+    text = (ROOT / "docs" / "from-the-rust-mesh.md").read_text()
+    rows = [row for row in re.findall(r"^\|.+\|$", text, re.MULTILINE) if "checked by" not in row]
+    lines = [row for row in rows if not re.fullmatch(r"[|-]+", row)]
+    assert len(lines) > 30
+    assert [row for row in lines if not _TEST.search(row)] == []
 
 
 def test_a_path_that_is_not_there_is_seen() -> None:

@@ -26,7 +26,7 @@ LAYERS = (
     {"sidecar"},
     {"app"},
     {"demo", "check"},
-    {"cli", "__main__"},
+    {"cli", "__main__", "image"},
 )
 """A part imports from its own layer and from those before it. `sim` stands beside them."""
 

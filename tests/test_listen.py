@@ -293,3 +293,13 @@ def test_a_dead_client_of_a_silent_stream_is_noticed() -> None:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 15
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 4
+
+
+def test_a_set_group_id_directory_shares_its_sockets(tmp_path: Path) -> None:
+    """And no other does: see docs/nginx.md."""
+    for name, directory_mode, mode in (("shared", 0o2710, 0o660), ("own", 0o710, 0o600)):
+        directory = tmp_path / name
+        directory.mkdir()
+        directory.chmod(directory_mode)
+        with listen.bind(UnixAddress(str(directory / "s"))):
+            assert stat.S_IMODE((directory / "s").stat().st_mode) == mode

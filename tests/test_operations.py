@@ -56,6 +56,8 @@ def events() -> set[str]:
     """Give the names of all events that the mesh's own code writes."""
     found: set[str] = set()
     for file in SOURCE.rglob("*.py"):
+        if {"sim", "demo"} & set(file.relative_to(SOURCE).parts):
+            continue
         nodes = list(ast.walk(ast.parse(file.read_text())))
         assigned = {ast.unparse(n.targets[0]): n.value for n in nodes if isinstance(n, ast.Assign)}
         for node in nodes:
@@ -65,14 +67,15 @@ def events() -> set[str]:
             if place is not None and len(node.args) > place:
                 name = node.args[place]
                 name = assigned.get(ast.unparse(name), name)
-                found |= {str(n.value) for n in ast.walk(name) if isinstance(n, ast.Constant)}
+                said = [n.value for n in ast.walk(name) if isinstance(n, ast.Constant)]
+                found |= {one for one in said if isinstance(one, str)}
     return found
 
 
-def test_every_event_named_is_written_somewhere() -> None:
-    named = {name for cell, *_ in rows("Logs") for name in quoted(cell)}
-    assert len(named) > 15
-    assert named - events() == set()
+def test_every_event_has_its_row() -> None:
+    named = [name for cell, *_ in rows("Logs") for name in quoted(cell)]
+    assert len(named) == len(set(named))
+    assert set(named) == events()
 
 
 def test_every_alert_is_in_the_runbook_or_explains_itself() -> None:

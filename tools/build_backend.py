@@ -7,7 +7,9 @@ pure. See docs/adr/0007-compiled-data-plane.md.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -33,7 +35,6 @@ COMPILED = (
     "dstack_mesh/wire/*.c",
     "dstack_mesh/relay/*.py",
     "dstack_mesh/policy/*.py",
-    "dstack_mesh/dstack/gateway.py",
     "dstack_mesh/identity/peers.py",
     "dstack_mesh/identity/store.py",
     "dstack_mesh/inbound/auth_service.py",
@@ -42,13 +43,20 @@ COMPILED = (
     "dstack_mesh/outbound/connect.py",
     "dstack_mesh/outbound/proxy.py",
 )
-"""What a request passes through, and what is called for each."""
+"""What a request passes through, and what is called for each.
+
+No module with a class whose annotations are read while it runs (msgspec.Struct): mypyc makes all of
+them `type`.
+"""
 
 GROUP = "dstack_mesh"
 """All modules are one library, `GROUP__mypyc`, so that calls between them are calls of C."""
 
-_COMPILERS = ["mypy>=1.14", "setuptools>=70"]
+# msgspec: so that its classes' types are known to mypy.
+_COMPILERS = ["mypy>=1.14", "setuptools>=70", "msgspec>=0.19"]
 _OUT = Path("build/compiled")
+_STAMP = _OUT / "stamp"
+_TOOLS = (Path("tools/build_backend.py"), Path("tools/compile_modules.py"))
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
@@ -63,8 +71,9 @@ def build_wheel(
     metadata_directory: str | None = None,
 ) -> str:
     """See PEP 517. The hook in tools/build_hook.py puts what is compiled into the wheel."""
-    shutil.rmtree(_OUT, ignore_errors=True)
-    if _can_compile():
+    if not _can_compile():
+        shutil.rmtree(_OUT, ignore_errors=True)
+    elif not _is_compiled():
         _compile()
     return str(hatchling.build_wheel(wheel_directory, config_settings, metadata_directory))
 
@@ -84,6 +93,7 @@ def _compile() -> None:
 
     A failure ends the build: a wheel that is silently five times slower helps nobody.
     """
+    shutil.rmtree(_OUT, ignore_errors=True)
     sources = _OUT / "src"
     shutil.copytree("src", sources, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     modules = sorted(
@@ -94,3 +104,16 @@ def _compile() -> None:
     )
     command = [sys.executable, str(Path(__file__).with_name("compile_modules.py").resolve())]
     subprocess.run([*command, GROUP, *modules], cwd=sources, check=True)  # noqa: S603 - our own
+    _STAMP.write_text(_digest())
+
+
+def _is_compiled() -> bool:
+    """Tell whether these very sources were compiled: pip builds a wheel twice to know its name."""
+    return _STAMP.exists() and _STAMP.read_text() == _digest()
+
+
+def _digest() -> str:
+    found = hashlib.sha256(f"{sys.version} {platform.platform()}".encode())
+    for path in sorted([*Path("src").rglob("*.py"), *Path("src").rglob("*.c"), *_TOOLS]):
+        found.update(path.read_bytes())
+    return found.hexdigest()

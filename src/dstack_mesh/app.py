@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -67,6 +68,7 @@ async def _alone(loaded: Loaded, ready_file: Path | None) -> int:
     notifier = Notifier.from_environ(os.environ)
     reloader = reload.Reloader(loaded, sidecar.reloadable(), notifier)
     signals = lifecycle.Signals(loop, reloader.ask)
+    _hear_announcement(loop, sidecar)
     return await _serve(sidecar, signals, reloader, notifier, ready_file)
 
 
@@ -82,12 +84,19 @@ async def _one_of_several(reread: Reread, seat: Seat) -> int:
     reloader = reload.Reloader(reread.started, parts, seat.line, reread.current)
     signals = lifecycle.Signals(loop, reloader.ask, second_ends=False)
 
+    _hear_announcement(loop, sidecar)
+
     def orphaned() -> None:
         sidecar.leave_listeners()  # to a successor of our supervisor's
         signals.end(0)
 
     seat.watch_supervisor(loop, orphaned)
     return await _serve(sidecar, signals, reloader, seat.line, None)
+
+
+def _hear_announcement(loop: asyncio.AbstractEventLoop, sidecar: Sidecar) -> None:
+    # From who ends nginx in front of us first: it has to be seen that this one is ending.
+    loop.add_signal_handler(signal.SIGUSR1, sidecar.announce_end)
 
 
 async def _serve(

@@ -57,16 +57,18 @@ class ListeningSocket(socket.socket):
     """Path, device and inode of a unix socket."""
 
 
-def bind(address: Address, *, mode: int = 0o600) -> ListeningSocket:
+def bind(address: Address, *, mode: int | None = None) -> ListeningSocket:
     """Open a non-blocking socket that listens on `address`; port 0 takes any free port.
 
     A unix socket's file gets `mode`, whatever the umask is, and replaces one that a process left
-    behind. A path on which somebody answers, or that is not a socket, is never taken over.
+    behind. By default it is for its owner alone, and for the group too in a set-group-id
+    directory, which is made to be shared by that group.
+    A path on which somebody answers, or that is not a socket, is never taken over.
     `[::]` takes IPv4 too where the machine allows it. Raises ListenError.
     """
     try:
         if isinstance(address, UnixAddress):
-            return _bind_unix(address, mode)
+            return _bind_unix(address, _mode(address.path) if mode is None else mode)
         return _bind_tcp(address)
     except OSError as error:
         raise ListenError(address, _reason(address, error)) from error
@@ -117,6 +119,11 @@ def _bind_tcp(address: TcpAddress) -> ListeningSocket:
         sock.close()
         raise
     return sock
+
+
+def _mode(path: str) -> int:
+    shared = Path(path).parent.stat().st_mode & stat.S_ISGID
+    return 0o660 if shared else 0o600
 
 
 def _bind_unix(address: UnixAddress, mode: int) -> ListeningSocket:

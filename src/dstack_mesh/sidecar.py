@@ -182,7 +182,7 @@ class Sidecar:
         else:
             self._sockets.update(self._seat.sockets)
             self._seat.mailbox.serve(self.worker.loop, self.reporter.collect)
-        self._bound = bound_addresses(self._sockets)
+        self._bound = bound_addresses(self._sockets)  # they outlive their sockets while draining
         self._serve("outbound", self._outbound, self._proxy)
         if settings.admin.listen is not None:
             self._serve("admin", self._admin, Admin(self._collect, settings.admin.listen))
@@ -203,7 +203,7 @@ class Sidecar:
         event(log, logging.INFO, "ready", **self.bound())
 
     def bound(self) -> dict[str, str | None]:
-        """Give the addresses actually bound, by listener, also of those closed by now."""
+        """Give the addresses actually bound, by listener."""
         return self._bound
 
     def reloadable(self) -> tuple[reload.Part, ...]:
@@ -224,6 +224,10 @@ class Sidecar:
             states.append(self._gateway_state())
         missing = [reason for ok, reason in states if not ok]
         return f"not ready: {'; '.join(missing)}" if missing else f"ready: {states[0][1]}"
+
+    def announce_end(self) -> None:
+        """Turn `/readyz` to 503, and go on serving: what is before us is draining."""
+        self._draining = True
 
     async def drain(self) -> None:
         """Finish what is in flight, at the latest after `drain_timeout`.

@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import httpx2
 import pytest
 from click.testing import CliRunner
+from cryptography.x509 import load_pem_x509_certificate
 
 from dstack_mesh.cli.sim import sim
+from dstack_mesh.sim.ports import common_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,3 +111,25 @@ def test_directory_that_cannot_be_is_told_in_one_line(tmp_path: Path) -> None:
         assert result.exit_code == 1
         assert len(result.stderr.splitlines()) == 1
         assert "Traceback" not in result.output
+
+
+def test_a_port_and_a_seed_make_the_same_world_again(
+    started: list[subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """So sidecars need not be started again with it: same address, and the same KMS by its key."""
+    port = common_port(["127.0.0.1"])
+    keys = []
+    for seed in ("x", "x", "y"):
+        arguments = ("--listen", f"127.0.0.1:{port}", "--seed", seed, "--json")
+        process = start(started, "--apps", "a", "--dir", str(tmp_path), *arguments)
+        world = json.loads(first_line(process))
+        assert world["gateway"] == f"127.0.0.1:{port}"
+        socket = world["apps"]["a"]["env"]["DSTACK_AGENT_ADDRESS"].removeprefix("unix:")
+        transport = httpx2.HTTPTransport(uds=socket)
+        with httpx2.Client(transport=transport, base_url="http://agent") as client:
+            chain = client.get("/GetTlsKey").json()["certificate_chain"]
+        root = load_pem_x509_certificate(chain[-1].encode())
+        keys.append(root.public_key())
+        process.terminate()
+        assert process.wait(20) == 0
+    assert keys[0] == keys[1] != keys[2]

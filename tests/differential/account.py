@@ -67,8 +67,8 @@ class Ledger:
     def __init__(self, sidecar: Sidecar, direction: str) -> None:
         self.service: Service = getattr(sidecar, f"_{direction}")
         self.exchanges: list[Exchange] = []
-        self._record = self.service._record
-        self.service._record = self._note
+        self._record = self.service.on_record
+        self.service.on_record = self._note
 
     def _note(self, direction: str, exchange: Exchange) -> None:
         self.exchanges.append(exchange)

@@ -64,8 +64,8 @@ class Before(StrEnum):
     """Nothing that the mesh knows of."""
     POOLED = "pooled"
     """The real target, to which a connection was pooled; then its connections ended."""
-    RESUMABLE = "resumable"
-    """The same, and the impostor can resume the TLS sessions made with the real target."""
+    RENEWED = "renewed"
+    """The same, the impostor has the keys of the TLS sessions too, and we have renewed since."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["1.3", "1.2"])
@@ -86,10 +86,11 @@ async def put_up(there: Attacked, app_id: AppId, before: Before, chain: Issued) 
     try:
         there.route(app_id, real)
         await there.make_pooled(app_id, real)
-        if before is Before.RESUMABLE:
+        if before is Before.RENEWED:
             real.show(chain)
             real.drop_connections()
             await all_over(real)
+            assert await there.sidecar.identity._fetch() is None
     except BaseException:
         real.close()
         raise

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from dstack_mesh.ops.families import exposition
 from dstack_mesh.ops.metrics import Metrics
 
 # A strict reader of the text exposition format, written for these tests.
@@ -77,10 +76,6 @@ def only(family: Family) -> dict[tuple[str, ...], float]:
     }
 
 
-def text(metrics: Metrics) -> str:
-    return exposition(metrics.dump())
-
-
 def record(
     metrics: Metrics,
     direction: str,
@@ -96,7 +91,7 @@ def record(
 
 
 def test_a_mesh_that_did_nothing() -> None:
-    families = parse(text(Metrics("1.2.3")))
+    families = parse(Metrics("1.2.3").text())
     assert {name: family.kind for name, family in families.items()} == {
         "dstack_mesh_handshakes_total": "counter",
         "dstack_mesh_policy_decisions_total": "counter",
@@ -113,7 +108,7 @@ def test_requests_by_direction_method_class_and_code() -> None:
     record(metrics, "outbound", status=502, code="peer_untrusted")
     record(metrics, "inbound", b"POST", status=404)
     record(metrics, "inbound", b"POST", status=0)
-    family = parse(text(metrics))["dstack_mesh_requests_total"]
+    family = parse(metrics.text())["dstack_mesh_requests_total"]
     # labels in the order code, direction, method, status_class
     assert only(family) == {
         ("", "outbound", "GET", "2xx"): 2,
@@ -134,7 +129,7 @@ def test_methods_of_a_clients_own_making_are_one_label() -> None:
     standard = (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"TRACE", b"PATCH")
     for method in standard:
         record(metrics, "outbound", method)
-    family = parse(text(metrics))["dstack_mesh_requests_total"]
+    family = parse(metrics.text())["dstack_mesh_requests_total"]
     counts = {dict(given)["method"]: number for (_, given), number in family.samples.items()}
     assert counts == {"other": 1002, **{method.decode(): 1 for method in standard}}
 
@@ -143,7 +138,7 @@ def test_bytes_each_way() -> None:
     metrics = Metrics("1")
     record(metrics, "outbound", bytes_up=3, bytes_down=2**40)
     record(metrics, "outbound", bytes_up=4, bytes_down=1)
-    family = parse(text(metrics))["dstack_mesh_bytes_total"]
+    family = parse(metrics.text())["dstack_mesh_bytes_total"]
     assert only(family) == {("outbound", "up"): 7, ("outbound", "down"): 2**40 + 1}
 
 
@@ -154,7 +149,7 @@ def test_handshakes_and_decisions() -> None:
     metrics.count_handshake("inbound", "ok")
     for decision in ("allow", "deny", "allow"):
         metrics.count_decision(decision)
-    families = parse(text(metrics))
+    families = parse(metrics.text())
     handshakes = only(families["dstack_mesh_handshakes_total"])
     assert {key: count for key, count in handshakes.items() if count} == {
         ("outbound", "ok"): 2,
@@ -182,7 +177,7 @@ def buckets(family: Family, direction: str) -> dict[float, float]:
 def test_a_duration_is_in_each_bucket_that_reaches_to_it(seconds: float, least: float) -> None:
     metrics = Metrics("1")
     record(metrics, "outbound", seconds=seconds)
-    found = buckets(parse(text(metrics))["dstack_mesh_request_duration_seconds"], "outbound")
+    found = buckets(parse(metrics.text())["dstack_mesh_request_duration_seconds"], "outbound")
     assert found == {bound: float(bound >= least) for bound in found}
     assert least in found
 
@@ -196,7 +191,7 @@ def test_histograms_are_cumulative_and_fit_their_count_and_sum() -> None:
     for direction, values in durations.items():
         for value in values:
             record(metrics, direction, seconds=value)
-    family = parse(text(metrics))["dstack_mesh_request_duration_seconds"]
+    family = parse(metrics.text())["dstack_mesh_request_duration_seconds"]
     for direction, values in durations.items():
         found = buckets(family, direction)
         bounds = list(found)
@@ -219,9 +214,9 @@ def test_what_is_read_is_asked_for_each_time() -> None:
         lambda: [({"state": key}, value) for key, value in state.items()],
     )
     metrics.read("plain", "gauge", "No label.", lambda: [({}, 1.7e9)])
-    assert only(parse(text(metrics))["dstack_mesh_pool_connections"]) == {("idle",): 1}
+    assert only(parse(metrics.text())["dstack_mesh_pool_connections"]) == {("idle",): 1}
     state["idle"], state["busy"] = 5, 2
-    families = parse(text(metrics))
+    families = parse(metrics.text())
     assert only(families["dstack_mesh_pool_connections"]) == {("idle",): 5, ("busy",): 2}
     assert only(families["dstack_mesh_plain"]) == {(): 1.7e9}
 
@@ -230,7 +225,7 @@ def test_what_is_read_is_asked_for_each_time() -> None:
 def test_labels_are_escaped(odd: str) -> None:
     metrics = Metrics(odd)
     metrics.read("odd", "gauge", "Odd.", lambda: [({"a": odd, "b": "c"}, 1)])
-    families = parse(text(metrics))
+    families = parse(metrics.text())
     assert only(families["dstack_mesh_odd"]) == {(odd, "c"): 1}
     assert only(families["dstack_mesh_build_info"]) == {(odd,): 1}
 
@@ -239,4 +234,4 @@ def test_labels_are_escaped(odd: str) -> None:
 def test_values_keep_their_precision(value: float) -> None:
     metrics = Metrics("1")
     metrics.read("v", "gauge", "A value.", lambda: [({}, value)])
-    assert only(parse(text(metrics))["dstack_mesh_v"]) == {(): value}
+    assert only(parse(metrics.text())["dstack_mesh_v"]) == {(): value}

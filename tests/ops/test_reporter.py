@@ -132,3 +132,16 @@ async def test_in_nginx_mode_callers_are_those_that_nginx_asked_about(one: Mesh)
     (denied,) = found.incidents
     assert (denied.peer, denied.method, denied.path) == (app_id, "GET", "/a")
     assert [(peer.name, peer.requests) for peer in found.callers] == [(app_id, 1)]
+
+
+async def test_a_mesh_that_stops_still_tells_its_status(one: Mesh) -> None:
+    sidecar = await one.start("b")
+    bound = sidecar.bound()
+    await sidecar.drain()
+    code, body = await ask(one, "b", "/status")
+    assert code == 200
+    found = json.loads(body)
+    assert found["listeners"] == bound, "though their sockets are closed"
+    assert found["readiness"]["checks"]["draining"]["ok"] is False
+    assert (await ask(one, "b", "/readyz"))[0] == 503
+    assert (await ask(one, "b", "/metrics"))[0] == 200

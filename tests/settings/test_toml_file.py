@@ -46,7 +46,7 @@ def test_keys_of_all_types_become_text(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("[outbound]\nlisen = 1", ["outbound.lisen", "is 1", "outbound.listen"]),
-        ("workers = 4", ["workers", "is 4", "no such key"]),
+        ("wrokers = 4", ["wrokers", "is 4", "no such key", "workers"]),
         ("[inbund]\nallow = 1", ["inbund", "nearest"]),
         ("[[inbound.rle]]\nname = 'x'", ["inbound.rle", "no such key", "is inbound.rule"]),
         ("[[inbund.rule]]\nname = 'x'", ["inbund", "no such key"]),

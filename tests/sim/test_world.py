@@ -23,6 +23,7 @@ from dstack_mesh.sim.world import (
     app_id_of,
     instance_id_of,
     parse_app,
+    parse_listen,
 )
 
 VARIABLES = [
@@ -243,3 +244,29 @@ async def test_failed_start_leaves_no_file_open(tmp_path: Path) -> None:
     async with asyncio.timeout(5):  # the loop closes in its own time
         while open_files() != before:  # noqa: ASYNC110 - the loop tells nobody when it has closed
             await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("127.0.0.1", ("127.0.0.1", 0)),
+        ("sim:443", ("sim", 443)),
+        ("::1", ("::1", 0)),
+        ("[::1]:443", ("::1", 443)),
+        ("sim:0", ("sim", 0)),
+    ],
+)
+def test_listen_addresses(text: str, address: tuple[str, int]) -> None:
+    assert parse_listen(text) == address
+
+
+@pytest.mark.parametrize("text", ["sim:x", "sim:65536", "sim:-1", "sim:"])
+def test_listen_addresses_that_are_none(text: str) -> None:
+    with pytest.raises(BadWorldError, match="is not a port"):
+        parse_listen(text)
+
+
+@pytest.mark.parametrize("text", ["0.0.0.0", "0.0.0.0:443", "[::]:443"])
+def test_a_listen_address_that_sidecars_cannot_connect_to(text: str) -> None:
+    with pytest.raises(BadWorldError, match="connect to it by this name"):
+        World(["a"], listen=text)

@@ -39,11 +39,16 @@ class _UsageError(click.ClickException):
     "--listen",
     default="127.0.0.1",
     show_default=True,
-    metavar="HOST",
-    help="The host that the gateway listens on, as the sidecars reach it.",
+    metavar="HOST[:PORT]",
+    help="The host that the gateway listens on, as the sidecars reach it. Default: any free port.",
+)
+@click.option(
+    "--seed",
+    metavar="TEXT",
+    help="The KMS's keys follow from it, and stay the same from run to run. Default: new ones.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON instead of shell.")
-def sim(apps: str, directory: Path | None, listen: str, *, as_json: bool) -> None:
+def sim(apps: str, directory: Path | None, listen: str, seed: str | None, *, as_json: bool) -> None:
     """Run a dstack world on this machine until it is stopped.
 
     Each app gets DIR/NAME/dstack.sock (a guest agent), DIR/NAME/sys-config.json, DIR/NAME/env
@@ -53,7 +58,8 @@ def sim(apps: str, directory: Path | None, listen: str, *, as_json: bool) -> Non
     from dstack_mesh.sim.world import BadWorldError, World, WorldError
 
     try:
-        world = World(apps.split(","), directory, listen=listen)
+        key = None if seed is None else seed.encode()
+        world = World(apps.split(","), directory, listen=listen, seed=key)
         stopped_by = asyncio.run(_run(world, as_json=as_json))
     except BadWorldError as error:
         raise _UsageError(str(error)) from error

@@ -168,8 +168,8 @@ class IdentityStore:
         source = self._source
         try:
             snapshot = await self.prepare(source)
-        except SourceError as exc:
-            return exc.detail
+        except SourceError as failure:
+            return failure.detail
         except Exception as exc:  # whatever went wrong, the last good one serves and we ask again
             return f"{type(exc).__name__}: {exc}"
         if source is self._source:  # else another took its place meanwhile

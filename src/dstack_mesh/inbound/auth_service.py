@@ -13,7 +13,7 @@ import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from dstack_mesh.errors import (
     BadRequest,
@@ -79,12 +79,15 @@ class AuthPlan(Plan):
         """Method and target of the request that nginx asks about; empty where it did not say."""
 
 
-class Asked(NamedTuple):
+class Asked:
     """What nginx's question was about; each empty where that is not known."""
 
-    app_id: str
-    method: bytes
-    target: bytes
+    __slots__ = ("app_id", "method", "target")
+
+    def __init__(self, app_id: str, method: bytes, target: bytes) -> None:
+        self.app_id = app_id
+        self.method = method
+        self.target = target
 
 
 def _one(values: set[bytes]) -> bytes:
@@ -198,8 +201,8 @@ class AuthService(Handler[AuthPlan]):
             raise kind(detail)
         try:
             return self._leaves.identify(plan.certificate)
-        except EscapedPemError as error:
-            raise ClientCertUntrusted(f"x-client-cert is not one certificate: {error}") from error
+        except EscapedPemError as wrong:
+            raise ClientCertUntrusted(f"x-client-cert is not one certificate: {wrong}") from wrong
         except ChainRuleBroken as error:
             raise ClientCertUntrusted(f"the client certificate is not trusted: {error}") from error
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from dstack_mesh.identity.tls import _TLS12_CIPHERS as CIPHERS
-from dstack_mesh.inbound.nginx_template import BODY, FILE, PROBLEM
+from dstack_mesh.inbound.nginx_template import BODY, FILE, IDENTITY_MAP, PROBLEM
 from dstack_mesh.model import Address, TcpAddress, UnixAddress
 from dstack_mesh.relay.dial import authority
 from dstack_mesh.settings.errors import SettingsError, shown
@@ -82,6 +82,15 @@ class NginxOptions:
     state_dir: str | None = None
     """Where nginx keeps its pid file and directories; None is where it was built to."""
 
+    identity_link: str | None = None
+    """A link to the directory of `cert.pem` and `key.pem`, instead of the two files.
+
+    nginx then reads them anew for each handshake, so that a new identity needs no reload.
+    """
+
+    backend_servers: tuple[Address, ...] = ()
+    """Where `backend` is right now, instead of having nginx resolve its name when it starts."""
+
 
 def nginx_options(settings: Settings, state_dir: Path | None = None) -> NginxOptions:
     """Take from `settings` what nginx needs. Raises SettingsError where it cannot be written."""
@@ -112,15 +121,19 @@ def http_part(options: NginxOptions) -> str:
     """Write what belongs inside `http { }`: the server block, with its upstreams and maps."""
     idle = options.idle_timeout
     stream = max(options.response_timeout, _GATEWAY_IDLE)
+    link = options.identity_link
+    servers = options.backend_servers or (options.backend,)
     values = {
         "LISTEN": _listen(options.listen),
         "SERVER_NAME": options.server_name,
-        "BACKEND": str(options.backend),
+        "IDENTITY_MAP": IDENTITY_MAP if link else "",
+        "IDENTITY_ROOT": f'    root "{link}";\n' if link else "",
+        "BACKENDS": "".join(f"    server {one} max_fails=0;\n" for one in servers),
         "BACKEND_HOST": authority(options.backend).decode("ascii"),
         "AUTH": str(options.auth),
         "AUTH_IDLE": _seconds(min(_AUTH_IDLE, 0.8 * idle)),
-        "CERT_FILE": options.cert_file,
-        "KEY_FILE": options.key_file,
+        "CERT_FILE": "$dstack_mesh_identity/cert.pem" if link else options.cert_file,
+        "KEY_FILE": "$dstack_mesh_identity/key.pem" if link else options.key_file,
         "CA_FILE": options.ca_file,
         "PROTOCOLS": "TLSv1.3" if options.min_version == "1.3" else "TLSv1.2 TLSv1.3",
         "CIPHERS": CIPHERS,

@@ -24,6 +24,14 @@ internal;
         add_header x-dstack-mesh-error @CODE@ always;
         return @STATUS@ '@BODY@\\n';"""
 
+IDENTITY_MAP = """\
+# The generation of the identity in use, resolved once for a handshake: `$realpath_root` alone would
+# be resolved once more for the key, and could be another generation by then.
+map $realpath_root $dstack_mesh_identity {
+    default $realpath_root;
+}
+"""
+
 BODY = """\
 # An upgrade is asked for where `Connection` says so. HTTP/2 and TLS inside an upgraded connection
 # would carry requests that neither the auth service nor any rule has seen.
@@ -50,10 +58,9 @@ map $http_x_request_id $dstack_mesh_request_id {
 map "$request_method $request_uri" $dstack_mesh_health {
     "~^(?:GET|HEAD) /health(?:[?]|$)" 1;
 }
-
+@IDENTITY_MAP@
 upstream dstack_mesh_backend {
-    server @BACKEND@ max_fails=0;
-    keepalive 64;
+@BACKENDS@    keepalive 64;
 }
 upstream dstack_mesh_auth {
     server @AUTH@ max_fails=0;
@@ -64,7 +71,7 @@ upstream dstack_mesh_auth {
 server {
     listen @LISTEN@;
     server_name @SERVER_NAME@;
-
+@IDENTITY_ROOT@
     ssl_certificate "@CERT_FILE@";
     ssl_certificate_key "@KEY_FILE@";
     ssl_client_certificate "@CA_FILE@";

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from dstack_mesh import errors
-from dstack_mesh.ops.families import Family, Kind, Merge, Sample
+from dstack_mesh.ops.families import Family, Kind, Merge, Sample, exposition
 from dstack_mesh.relay.tally import BUCKETS, Tally
 
 Samples = Iterable[tuple[dict[str, str], float]]
@@ -76,6 +76,10 @@ class Metrics:
     def tallies(self) -> list[Tally]:
         """Give all of them, in the order of their directions' names."""
         return [tally for _, tally in sorted(self._tallies.items())]
+
+    def text(self) -> str:
+        """Give the Prometheus text of this worker alone."""
+        return exposition(self.dump())
 
     def dump(self) -> list[Family]:
         """Give everything as plain data."""

@@ -124,11 +124,11 @@ class MeshConnector(Connector):
             await self._open_tls(
                 lane.worker, sock, upstream, snapshot.client_context, name, session
             )
-        except ssl.SSLCertVerificationError as error:
+        except ssl.SSLCertVerificationError as wrong:
             raise PeerUntrusted(
                 f"{self._name()} showed a certificate that does not verify under this KMS: "
-                f"{error.verify_message}"
-            ) from error
+                f"{wrong.verify_message}"
+            ) from wrong
         except (ssl.SSLError, OSError, EOFError) as error:
             raise self._handshake_failed(error) from error
         return upstream

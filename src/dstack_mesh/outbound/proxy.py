@@ -131,7 +131,7 @@ class OutboundProxy(Handler[OutboundPlan]):
                 return self._own(line) or self._to_agent(line, plan.fields)
         destination.peer.requests += 1
         self._identity.require()
-        gateway = self._directory.require()
+        gateway = self._directory.current or self._directory.require()
         if destination.gateway is not gateway or destination.lane.retired:
             destination.lead_to(gateway, self._lane(destination, gateway))
         if last is not None and last.lane is destination.lane:

@@ -83,8 +83,8 @@ async def settled(answer: Coroutine[None, None, Answer], request_id: str) -> Ans
     """Give what `answer` gives, or the answer to its error; None for a fault, which is logged."""
     try:
         return await answer
-    except MeshError as error:
-        return problem(error, request_id)
+    except MeshError as refusal:
+        return problem(refusal, request_id)
     except Exception as error:
         event(log, logging.ERROR, "answer_fault", error=repr(error))
         return None

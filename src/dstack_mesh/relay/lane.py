@@ -174,8 +174,8 @@ class Lane:
             upstream = await self.connector.connect(self)
             if upstream.gone:
                 failure = self.connector.lost(upstream.failure)
-        except MeshError as error:
-            failure = error
+        except MeshError as refusal:
+            failure = refusal
         except Exception as error:
             event(log, logging.ERROR, "connect_fault", error=repr(error))
             failure = ConnectFailed("the connection could not be opened; see the log")

@@ -3,7 +3,7 @@
 | path | answer |
 |---|---|
 | `/` | `hello` |
-| `/echo` | JSON of the request: see `_echo` |
+| `/echo` | JSON of the request: see `echo` |
 | `/upload` | JSON: `bytes`, `sha256` and `trailers` of the body, which is not kept |
 | `/mirror` | the request's body, as it comes |
 | `/download?bytes=N` | N bytes with a length |
@@ -53,7 +53,7 @@ class Backend(Faults):
         self._server = HttpServer(self._answer)
         self._handlers: dict[str, Handler] = {
             "/": self._hello,
-            "/echo": self._echo,
+            "/echo": self.echo,
             "/upload": self._upload,
             "/mirror": self._mirror,
             "/download": self._download,
@@ -105,7 +105,7 @@ class Backend(Faults):
     async def _hello(self, _: Request) -> Answer:
         return _text(200, "hello\n")
 
-    async def _echo(self, request: Request) -> Answer:
+    async def echo(self, request: Request) -> Answer:
         """Tell all that came: headers and trailers as pairs in order, the body by its digest."""
         size, digest = await _consume(request)
         fields = {

@@ -87,13 +87,26 @@ def parse_app(text: str) -> tuple[str, str | None]:
     return name, host if equals else None
 
 
+def parse_listen(text: str) -> tuple[str, int]:
+    """Split `HOST` or `HOST:PORT`, an IPv6 address with a port in brackets; port 0 is any.
+
+    Raises `BadWorldError`.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or (":" in host and not host.endswith("]")):
+        return text, 0
+    if not (port.isascii() and port.isdigit() and int(port) < 65_536):
+        raise BadWorldError(f"listen address {text!r}: {port!r} is not a port from 0 to 65535")
+    return host.strip("[]"), int(port)
+
+
 class World:
     """Use as `async with World(["a", "b"]) as world:`; `world.apps["a"]` is then running.
 
     Parameters:
         apps: `NAME` or `NAME=HOST` each.
         directory: made if need be and kept; None is a new one that is removed at the end.
-        listen: the host on which the gateway listens, as the sidecars reach it.
+        listen: the host on which the gateway listens, as the sidecars reach it, and the port.
         seed: keys follow from it; the same KMS in each run by giving the same. Random if None.
 
     Raises `WorldError` (from `start`) where it can't be set up; nothing is left running then.
@@ -115,13 +128,13 @@ class World:
             raise BadWorldError("no app is named: give at least one")
         if double := next((name for name in names if names.count(name) > 1), None):
             raise BadWorldError(f"app {double!r} is named twice")
-        if listen in {"0.0.0.0", "::", ""}:  # noqa: S104 - it is what is refused here
+        self._listen, self._port = parse_listen(listen)
+        if self._listen in {"0.0.0.0", "::", ""}:  # noqa: S104 - it is what is refused here
             raise BadWorldError(
                 f"listen address {listen!r}: sidecars connect to it by this name, "
                 "so give one address or host name"
             )
         self._given = directory
-        self._listen = listen
         self.directory = Path()
         self.kms = Kms.create(seed)
         self.gateway = Gateway(base_domain)
@@ -145,7 +158,7 @@ class World:
         try:
             self._take_directory()
             self._stack.push_async_callback(self.gateway.aclose)
-            await self.gateway.start(self._listen)
+            await self.gateway.start(self._listen, self._port)
             hosts = self._hosts()
             local = [host for host in hosts.values() if is_local(host)]
             inbound = common_port(local or ["127.0.0.1"])

@@ -186,8 +186,8 @@ def parse_request_fields(
                 return _usual(usual, minor)
         fields = parse_fields(block)
         return _understand(fields, serialise(fields), minor, remove, authority)
-    except TooLargeError as error:
-        raise HeaderTooLarge(f"the head has {error}") from error
+    except TooLargeError as too_large:
+        raise HeaderTooLarge(f"the head has {too_large}") from too_large
     except MalformedError as error:
         raise BadRequest(f"the request has {error}") from error
 

@@ -16,6 +16,9 @@ from dstack_mesh.workers.mailbox import Mailbox
 READY, ADOPTED, RELOADED, ALIVE = b"r", b"d", b"l", b"a"
 """What a worker tells its supervisor, behind its index, which is one byte."""
 
+LATER_HEARD = (signal.SIGHUP, signal.SIGUSR1)
+"""Signals that would end a process that has no handler for them yet."""
+
 
 class Line:
     """Tells the supervisor how the worker is, as `ops.systemd.Notifier` tells systemd."""
@@ -88,7 +91,7 @@ class Seat:
     def watch_supervisor(self, loop: asyncio.AbstractEventLoop, ended: Callable[[], None]) -> None:
         """Call `ended` when the supervisor is gone, however it went: nobody would replace us.
 
-        To be called when SIGHUP has its handler: one that came before it waits until here.
+        To be called when `LATER_HEARD` have their handlers: what came before it waits until here.
         """
 
         def gone() -> None:
@@ -96,4 +99,4 @@ class Seat:
             ended()
 
         loop.add_reader(self._supervisor, gone)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, LATER_HEARD)

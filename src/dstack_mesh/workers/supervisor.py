@@ -23,7 +23,7 @@ from dstack_mesh.ops.systemd import Notifier
 from dstack_mesh.settings.tree import Settings
 from dstack_mesh.workers.mailbox import Mailbox, socket_pairs
 from dstack_mesh.workers.reread import Reread
-from dstack_mesh.workers.seat import ADOPTED, ALIVE, READY, RELOADED, Line, Seat
+from dstack_mesh.workers.seat import ADOPTED, ALIVE, LATER_HEARD, READY, RELOADED, Line, Seat
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ _GRACE = 5.0
 
 _EXIT_STATUS: dict[int, int] = {signal.SIGTERM: 0, signal.SIGINT: 130}
 _FAILED = 70
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+_CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
 _NEVER = float("inf")
 
 
@@ -95,6 +95,9 @@ class Supervisor:
             os.set_blocking(descriptor, False)
         self._is_ready = False
         self._is_reloading = False
+        self._is_announced = False
+        """SIGUSR1 has come: who comes later has to know of it too."""
+
         self._exit_status: int | None = None
         """None: nothing has told us to end."""
         self._kill_at = _NEVER
@@ -134,7 +137,7 @@ class Supervisor:
         one.started = one.alive = now
         one.ready, one.reloaded = False, True
         # Until the child has handlers of its own it would take signals for ours.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _CAUGHT)
         try:
             one.pid = os.fork()
             if one.pid == 0:
@@ -146,8 +149,10 @@ class Supervisor:
             event(log, logging.ERROR, "worker_not_started", **fields)
             return
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _CAUGHT)
         event(log, logging.INFO, "worker_started", worker=one.index, pid=one.pid)
+        if self._is_announced:
+            os.kill(one.pid, signal.SIGUSR1)
         if one.missed_reload:
             one.missed_reload = False
             os.kill(one.pid, signal.SIGHUP)
@@ -157,10 +162,10 @@ class Supervisor:
         status = _FAILED
         try:
             signal.set_wakeup_fd(-1)
-            for number in _SIGNALS:
+            for number in _CAUGHT:
                 signal.signal(number, signal.SIG_DFL)
-            # By default SIGHUP would end it: it waits until `Seat.watch_supervisor`.
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_SIGNALS} - {signal.SIGHUP})
+            # By default these would end it: they wait until `Seat.watch_supervisor`.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_CAUGHT} - {*LATER_HEARD})
             for descriptor in (self._told, self._our_life, self._wake, self._wake_up):
                 os.close(descriptor)
             pulse = self._notifier.watchdog
@@ -247,13 +252,16 @@ class Supervisor:
 
     def _catch_signals(self) -> None:
         signal.set_wakeup_fd(self._wake_up, warn_on_full_buffer=False)
-        for number in _SIGNALS:
+        for number in _CAUGHT:
             signal.signal(number, lambda number, frame: None)  # the descriptor tells
 
     def _signalled(self) -> None:
         for number in os.read(self._wake, 4096):
             if number == signal.SIGCHLD:
                 self._reap()
+            elif number == signal.SIGUSR1:
+                self._is_announced = True
+                self._send(signal.SIGUSR1)
             elif number == signal.SIGHUP:
                 self._reload()
             elif number in _EXIT_STATUS:
