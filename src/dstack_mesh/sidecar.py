@@ -80,6 +80,8 @@ class Sidecar:
         self._sockets: dict[str, listen.ListeningSocket] = {}
         self._bound = bound_addresses(self._sockets)
         self._listeners = Listeners(self.worker.loop)
+        if seat is not None:
+            self._listeners = Listeners(self.worker.loop, seat.share_of)
         self._tasks: list[asyncio.Task[None]] = []
         self.identity.subscribe(self._renewed)
         self.reporter = self._make_reporter()
@@ -196,7 +198,8 @@ class Sidecar:
         await self.identity.wait_loaded()
         if self._listener is not None:
             sock = self._sockets["inbound"]
-            self._listeners.serve_tls("inbound", sock, self._inbound, self._listener.take)
+            take, handshakes = self._listener.take, self._listener.handshakes
+            self._listeners.serve_tls("inbound", sock, self._inbound, take, handshakes)
             self._say_listening("inbound")
         if self._auth is not None:
             self._serve("auth", self._inbound, self._auth)

@@ -6,6 +6,8 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 from tests.integration.harness import eventually
@@ -13,6 +15,7 @@ from tests.integration.harness import eventually
 from dstack_mesh.settings.load import load_settings
 from dstack_mesh.workers.mailbox import Mailbox, socket_pairs
 from dstack_mesh.workers.seat import Line, Seat
+from dstack_mesh.workers.shares import Shares
 
 
 class Supervisor:
@@ -54,7 +57,8 @@ def supervisor() -> Iterator[Supervisor]:
 @pytest.fixture
 def seat(supervisor: Supervisor) -> Iterator[Seat]:
     pairs = socket_pairs(1)
-    yield Seat({}, Line(supervisor.tell, 0, None), Mailbox(0, pairs), supervisor.life)
+    line = Line(supervisor.tell, 0, None)
+    yield Seat({}, line, Mailbox(0, pairs), supervisor.life, partial(Shares(1, ["admin"]).of, 0))
     for sock in pairs[0]:
         sock.close()
 
@@ -159,7 +163,9 @@ async def test_only_a_reload_that_is_put_into_effect_is_told(
 def test_the_sockets_are_there() -> None:
     with socket.socket() as sock:
         pairs = socket_pairs(1)
-        one = Seat({"admin": sock}, Line(0, 0, None), Mailbox(0, pairs), 0)  # type: ignore[dict-item]
+        share_of = partial(Shares(1, ["admin"]).of, 0)
+        listeners: Any = {"admin": sock}
+        one = Seat(listeners, Line(0, 0, None), Mailbox(0, pairs), 0, share_of)
         assert one.sockets["admin"] is sock
         for each in pairs[0]:
             each.close()

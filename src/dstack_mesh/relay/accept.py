@@ -25,6 +25,12 @@ PAUSE = 0.1
 CALM = 5.0
 """Seconds without a pause after which a shortage is over: one that comes and goes is one."""
 
+OTHERS_TURN = 0.001
+"""Seconds that another worker has for what is left to it, before it is taken all the same."""
+
+_LEFT_BY_OTHERS = 4
+"""Connections that others may then be left out of: they may be about to come."""
+
 PER_TURN = 16
 """Connections that cost little, accepted before others have their turn."""
 
@@ -82,6 +88,18 @@ class Yielding(Protocol):
         ...
 
 
+class Share(Protocol):
+    """A worker's share of a listener at which several accept."""
+
+    def is_others_turn(self) -> bool:
+        """Tell the others how many we have, and whether the next should be for one of them."""
+        ...
+
+    def leave(self) -> None:
+        """Tell the others that we accept no more."""
+        ...
+
+
 class Acceptor:
     """Accepts on one listening, non-blocking socket, which stays the caller's."""
 
@@ -95,11 +113,15 @@ class Acceptor:
         per_turn: int = PER_TURN,
         spare: int = 0,
         yielding: Yielding | None = None,
+        share: Share | None = None,
     ) -> None:
         """`listener` names it in logs. The last `spare` descriptors are left to others.
 
-        Connections of `yielding` may have to end where descriptors are short.
+        Connections of `yielding` may have to end where descriptors are short. `share` is None where
+        nobody else accepts on `sock`.
         """
+        self._share = share
+        self._leaving: asyncio.TimerHandle | None = None
         self._loop = loop
         self._sock = sock
         self._listener = listener
@@ -116,6 +138,8 @@ class Acceptor:
     def start(self) -> None:
         """Begin to accept."""
         self._started = True
+        if self._share is not None:
+            self._share.is_others_turn()  # which tells them that we are there
         self._loop.add_reader(self._sock, self._readable)
 
     def stop(self) -> None:
@@ -124,9 +148,30 @@ class Acceptor:
             self._started = False
             self._loop.remove_reader(self._sock)
             self._cancel_timer()
+            if self._leaving is not None:
+                self._leaving.cancel()
+            if self._share is not None:
+                self._share.leave()
 
     def _readable(self) -> None:
-        for _ in range(self._per_turn):
+        self._accept(self._per_turn, self._share)
+
+    def _leave_to_others(self) -> None:
+        """Look away, or the loop would turn for nothing: it tells for as long as somebody waits."""
+        self._loop.remove_reader(self._sock)
+        self._leaving = self._loop.call_later(OTHERS_TURN, self._look_again)
+
+    def _look_again(self) -> None:
+        """Take whom nobody else has taken: who has less may be busy, or stand still."""
+        self._leaving = None
+        self._loop.add_reader(self._sock, self._readable)
+        self._accept(min(_LEFT_BY_OTHERS, self._per_turn), None)
+
+    def _accept(self, most: int, share: Share | None) -> None:
+        for _ in range(most):
+            if share is not None and share.is_others_turn():
+                self._leave_to_others()
+                return
             try:
                 accepted, _ = self._sock.accept()
             except BlockingIOError:

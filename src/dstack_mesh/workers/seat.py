@@ -12,6 +12,7 @@ from dstack_mesh import reload
 from dstack_mesh.listen import ListeningSocket
 from dstack_mesh.settings.tree import Settings
 from dstack_mesh.workers.mailbox import Mailbox
+from dstack_mesh.workers.shares import Share
 
 READY, ADOPTED, RELOADED, ALIVE = b"r", b"d", b"l", b"a"
 """What a worker tells its supervisor, behind its index, which is one byte."""
@@ -73,11 +74,16 @@ class Seat:
         line: Line,
         mailbox: Mailbox,
         supervisor: int,
+        share_of: Callable[[str, Callable[[], int]], Share],
     ) -> None:
-        """`supervisor` is a descriptor that ends when the supervisor has."""
+        """`supervisor` is a descriptor that ends when the supervisor has.
+
+        `share_of` gives our share of a listener: see `Shares.of`.
+        """
         self.sockets = sockets
         self.line = line
         self.mailbox = mailbox
+        self.share_of = share_of
         self._supervisor = supervisor
 
     def reload_part(self) -> reload.Part:

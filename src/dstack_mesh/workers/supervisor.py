@@ -6,6 +6,7 @@ inherited: what waits in their queues is lost to nobody when a worker goes.
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import os
@@ -24,6 +25,7 @@ from dstack_mesh.settings.tree import Settings
 from dstack_mesh.workers.mailbox import Mailbox, socket_pairs
 from dstack_mesh.workers.reread import Reread
 from dstack_mesh.workers.seat import ADOPTED, ALIVE, LATER_HEARD, READY, RELOADED, Line, Seat
+from dstack_mesh.workers.shares import Shares
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ class Supervisor:
         self._bound = bound
         self._workers = [_Worker(index) for index in range(settings.workers)]
         self._pairs = socket_pairs(settings.workers)
+        self._shares = Shares(settings.workers, list(sockets))
         self._told, self._tell = os.pipe()
         self._life, self._our_life = os.pipe()
         self._wake, self._wake_up = os.pipe()
@@ -170,7 +173,9 @@ class Supervisor:
                 os.close(descriptor)
             pulse = self._notifier.watchdog
             line = Line(self._tell, index, pulse / 4 if pulse is not None else None)
-            seat = Seat(self._sockets, line, Mailbox(index, self._pairs), self._life)
+            mailbox = Mailbox(index, self._pairs)
+            share_of = functools.partial(self._shares.of, index)
+            seat = Seat(self._sockets, line, mailbox, self._life, share_of)
             status = self._work(seat)
         except BaseException as error:
             event(log, logging.ERROR, "worker_failed", worker=index, error=repr(error))
@@ -186,6 +191,7 @@ class Supervisor:
                 continue
             now = time.monotonic()
             one.pid, one.reloaded = 0, True
+            self._shares.clear(one.index)
             if self._exit_status is not None:
                 continue
             if now - one.started < STEADY:
