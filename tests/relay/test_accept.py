@@ -341,7 +341,7 @@ async def test_what_others_leave_is_taken_after_a_moment(monkeypatch: pytest.Mon
     share.is_theirs = True
     rig = Rig(share=share)
     rig.acceptor.start()
-    for _ in range(6):
+    for _ in range(7):
         rig.add_client()
     rig.listening.become_readable()
     await eventually(lambda: share.asked > 1)
@@ -349,10 +349,18 @@ async def test_what_others_leave_is_taken_after_a_moment(monkeypatch: pytest.Mon
     await asyncio.sleep(0.02)
     assert (rig.taken, rig.listening.asked) == ([], [])
     assert share.asked == asked, "the loop turned for nothing"
-    await eventually(lambda: len(rig.taken) == 4)
-    await eventually(lambda: len(rig.taken) == 6)
-    first, *_, last = rig.listening.asked
-    assert last - first >= 0.04, "the last ones were left to others once more"
+    await eventually(lambda: len(rig.taken) == 7)
+    times = rig.listening.asked
+    pauses = [later - one > 0.04 for one, later in itertools.pairwise(times)]
+    assert pauses[:6] == [True, False, True, False, False, False], "one, two, four of them"
+
+    await eventually(lambda: len(rig.listening.asked) == 8)  # nobody waits any more
+    rig.listening.asked.clear()
+    for _ in range(2):
+        rig.add_client()
+    await eventually(lambda: len(rig.taken) == 9)
+    first, second, *_ = rig.listening.asked
+    assert second - first > 0.04, "one at first again"
     rig.close()
 
 

@@ -25,11 +25,11 @@ PAUSE = 0.1
 CALM = 5.0
 """Seconds without a pause after which a shortage is over: one that comes and goes is one."""
 
-OTHERS_TURN = 0.001
-"""Seconds that another worker has for what is left to it, before it is taken all the same."""
+OTHERS_TURN = 0.002
+"""Seconds that another worker has for what is left to it.
 
-_LEFT_BY_OTHERS = 4
-"""Connections that others may then be left out of: they may be about to come."""
+Then one connection is taken all the same, and twice as many each time that the other has still not
+come: it may be busy, or stand still."""
 
 PER_TURN = 16
 """Connections that cost little, accepted before others have their turn."""
@@ -122,6 +122,7 @@ class Acceptor:
         """
         self._share = share
         self._leaving: asyncio.TimerHandle | None = None
+        self._unclaimed = 1
         self._loop = loop
         self._sock = sock
         self._listener = listener
@@ -162,10 +163,12 @@ class Acceptor:
         self._leaving = self._loop.call_later(OTHERS_TURN, self._look_again)
 
     def _look_again(self) -> None:
-        """Take whom nobody else has taken: who has less may be busy, or stand still."""
+        """Take some of those whom nobody else has taken."""
         self._leaving = None
         self._loop.add_reader(self._sock, self._readable)
-        self._accept(min(_LEFT_BY_OTHERS, self._per_turn), None)
+        most = self._unclaimed
+        self._unclaimed = min(2 * most, self._per_turn)
+        self._accept(most, None)
 
     def _accept(self, most: int, share: Share | None) -> None:
         for _ in range(most):
@@ -175,6 +178,7 @@ class Acceptor:
             try:
                 accepted, _ = self._sock.accept()
             except BlockingIOError:
+                self._unclaimed = 1  # all have been taken, by whomever
                 return
             except OSError as error:
                 if error.errno in _OF_ONE_CONNECTION:
