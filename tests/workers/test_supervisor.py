@@ -409,8 +409,10 @@ def test_who_comes_after_a_reload_that_found_nobody_is_told_of_it(
 
 
 def test_the_watchdog_is_fed_while_all_give_signs_of_life(
-    run: Callable[..., Run], tmp_path: Path
+    run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE", 20.0)
+
     def alive(seat: Seat) -> int:
         seat.line.ready()
         while not (seat.sockets and (tmp_path / str(os.getpid())).exists()):
