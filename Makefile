@@ -10,17 +10,19 @@ RUNS := $(VENV)/.runs
 TESTS := $(VENV)/.tests
 FUZZ := $(VENV)/.fuzz
 
+COMPILED := $(CURDIR)/build/compiled-package
 EXECUTIONS := 1000000
 TARGETS :=
 PARTS :=
 FLAGS :=
 
-.PHONY: help demo test container check bench fuzz fmt
+.PHONY: help demo test container compiled check bench fuzz fmt
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    a whole mesh of two apps on this machine, with real requests through it"
 	@echo "make test    lint, types, tests and the coverage they must reach"
+	@echo "make compiled  the data plane as C, and the tests that can be run with it: minutes"
 	@echo "make container  build the image and test it and the compose example; needs docker"
 	@echo "make check   lint and types only"
 	@echo "make bench   the races against other proxies, 12 minutes: PARTS=\"...\" for some of them,"
@@ -49,6 +51,15 @@ test: check
 	@mkdir -p build
 	$(PY) -m pytest -n 2 --cov --cov-report=json:build/coverage.json
 	$(PY) tools/coverage_gates.py build/coverage.json
+
+# A wheel as users get it, before the checkout on the path. What can't be run with it, and why:
+# tests/compiled.py.
+compiled: $(TESTS)
+	@rm -rf build/wheels $(COMPILED)
+	@$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps -w build/wheels .
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(COMPILED) build/wheels/*.whl
+	DSTACK_MESH_COMPILED=$(COMPILED) PYTHONPATH=$(COMPILED) \
+		$(PY) -m pytest -n 2 -m "not container" -p no:cacheprovider $$($(PY) -m tests.compiled)
 
 container: $(TESTS)
 	$(PY) -m pytest -m container -n 0 tests/container

@@ -45,7 +45,15 @@ class Served:
 
     @property
     def switched(self) -> bool:
-        return any(b" 101" in data for _, data in self.sent)
+        """Tell whether it has answered a request by a 101: what nobody asked for is no answer."""
+        if not any(b" 101" in data for _, data in self.sent):
+            return False
+        sent = b"".join(data for _, data in self.sent)
+        try:
+            methods = [one.first[0] for one in read_requests(self.end.received).messages]
+            return read_responses(sent, methods, offered=b"websocket").switched
+        except h11.RemoteProtocolError:
+            return True
 
 
 class Stage:

@@ -12,8 +12,9 @@ CORPUS = ROOT / "fuzz" / "corpus"
 WORK = ROOT / "build" / "fuzz"
 FINDINGS = WORK / "findings"
 
-_REQUESTS = ("wire.request", "wire.fields", "wire.framing")
-_RESPONSES = ("wire.response", "wire.translate", "wire.fields", "wire.framing")
+_HEADS = ("wire.take_apart", "wire.usual", "wire.fields", "wire.framing")
+_REQUESTS = ("wire.request", *_HEADS)
+_RESPONSES = ("wire.response", "wire.translate", *_HEADS)
 _RELAY = ("relay.downstream", "relay.exchange", "relay.upstream", "wire.body", "wire.translate")
 
 
@@ -52,6 +53,7 @@ TARGETS = {
     target.name: target
     for target in (
         Target("request_head", _REQUESTS, 20_000),
+        Target("take_apart", ("wire.take_apart", "wire.fields"), 2048),
         Target("response_head", (*_RESPONSES, "wire.body")),
         Target("request_body", ("wire.body", "wire.fields"), 2048),
         Target("response_body", ("wire.body", "wire.fields", "wire.translate"), 2048),

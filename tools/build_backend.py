@@ -1,8 +1,8 @@
 """The build backend: hatchling's, and wheels with the data plane compiled where that is possible.
 
-mypyc turns the modules of `COMPILED` to C. Where there is no C compiler, or `DSTACK_MESH_PURE=1` is
-set, the wheel is pure Python, which is slower and otherwise the same. Editable installs are always
-pure. See docs/adr/0007-compiled-data-plane.md.
+mypyc turns the modules of `COMPILED` to C. Where there is no C compiler or no Python.h, or
+`DSTACK_MESH_PURE=1` is set, the wheel is pure Python, which is slower and otherwise the same.
+Editable installs are always pure. See docs/adr/0007-compiled-data-plane.md.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,19 @@ def build_wheel(
 
 
 def _can_compile() -> bool:
+    """Tell whether to compile; where something is missing, say what."""
     if os.environ.get("DSTACK_MESH_PURE", "") not in ("", "0"):
         return False
-    compiler = os.environ.get("CC", "cc").split()[0]
+    compiler = (os.environ.get("CC") or "cc").split()[0]
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
     if shutil.which(compiler) is None:
-        print(f"no C compiler ({compiler}): the wheel will be pure Python", file=sys.stderr)
-        return False
-    return True
+        missing = f"no C compiler ({compiler})"
+    elif not header.exists():
+        missing = f"no {header} (Debian: python3-dev)"
+    else:
+        return True
+    print(f"{missing}: the wheel will be pure Python, and slower", file=sys.stderr)
+    return False
 
 
 def _compile() -> None:

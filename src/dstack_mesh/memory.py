@@ -3,7 +3,7 @@
 Python frees an object with the last reference to it. The collector is there for objects that refer
 to one another in a circle; the loop stands still for it, and the longer the more objects there are.
 So connections leave no circles behind (`let_go`), and what others may leave is looked for in small
-steps as it comes up, and among all objects when that is short (ADR 7).
+steps as it comes up, and among all objects when that is short (ADR 11).
 """
 
 from __future__ import annotations

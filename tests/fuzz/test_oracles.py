@@ -16,6 +16,7 @@ from dstack_mesh.model import AppId, PeerIdentity, TcpAddress
 from dstack_mesh.outbound import target as target_rules
 from dstack_mesh.wire import body, fields, request, translate
 from dstack_mesh.wire.framing import Framing, declared_framing
+from dstack_mesh.wire.take_apart import NormalForm
 from tests.fuzz.faults import Patch, fails, passing_on, replaced
 
 
@@ -27,6 +28,15 @@ def test_a_header_that_is_passed_on_with_a_control_byte_is_found(monkeypatch: Pa
 def test_a_line_end_that_is_passed_on_alone_is_found(monkeypatch: Patch) -> None:
     passing_on(monkeypatch, lambda lines: lines.replace(b"\r\nX-", b"\nX-"))
     fails("request_head")
+
+
+@pytest.mark.parametrize("way", ["_IN_PYTHON", "_IN_C"])
+def test_a_short_way_that_takes_another_name_is_found(monkeypatch: Patch, way: str) -> None:
+    from fuzz import take_apart
+
+    other = tuple((name.replace(b"x-own", b"x-our"), flags) for name, flags in take_apart.TABLE)
+    monkeypatch.setattr(take_apart, way, NormalForm(other, None))
+    fails("take_apart")
 
 
 def test_two_lengths_are_found(monkeypatch: Patch) -> None:
@@ -46,10 +56,15 @@ def test_an_error_that_is_not_the_projects_is_found(monkeypatch: Patch) -> None:
     def fault(*_: Any) -> Any:
         raise IndexError("list index out of range")
 
-    monkeypatch.setattr(request, "connection_options", fault)
+    monkeypatch.setattr(request, "parse_request_fields", fault)
     run, seeds = TARGETS["request_head"].load()
+
+    def play() -> None:
+        for data in seeds:
+            run(data)
+
     with pytest.raises(IndexError):
-        run(seeds[0])
+        play()
 
 
 def test_an_escaped_error_text_is_wanted(monkeypatch: Patch) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from dstack_mesh.errors import MeshError, UpstreamClosed
-from dstack_mesh.model import PeerIdentity
-from dstack_mesh.relay.deadlines import Timeouts
+from dstack_mesh.model import AppId, PeerIdentity
+from dstack_mesh.relay.deadlines import NEVER, Timeouts
 from dstack_mesh.relay.downstream import Downstream
 from dstack_mesh.relay.exchange import Exchange
 from dstack_mesh.relay.interfaces import Decision, Handler, Plan
@@ -197,6 +198,7 @@ class FakeConnector(Connector):
 
     async def connect(self, lane: Lane) -> Upstream:
         wanted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        number = self.number
         self.asked.append((lane, wanted))
         await wanted
         upstream = Upstream(lane)
@@ -207,7 +209,7 @@ class FakeConnector(Connector):
         self.opened.append(transport)
         if self.die_at_once:
             transport.break_off()
-        upstream.admit(self.peer, self.number)
+        upstream.admit(self.peer, number)
         return upstream
 
     def lost(self, exc: Exception | None) -> MeshError:
@@ -321,3 +323,25 @@ async def rig(timeouts: Timeouts = TIMEOUTS, *, max_connections: int = 10) -> As
         for _, wanted in made.connector.asked:
             wanted.cancel()
         await made.turn()
+
+
+@dataclass
+class Opened:
+    """A connection, and the test's end of it."""
+
+    upstream: Upstream
+    transport: FakeTransport
+
+
+def open_one(
+    one: Rig, *, generation: int = 1, not_after: float = NEVER, idle: bool = False
+) -> Opened:
+    """Open a connection to the rig's destination, without its connector."""
+    upstream = Upstream(one.lane)
+    transport = FakeTransport(upstream)
+    upstream.connection_made(transport)
+    upstream.admit(PeerIdentity(AppId("a" * 40), not_after), generation)
+    if idle:
+        one.lane.release(upstream, one.worker.clock())
+        assert one.lane.idle[-1] is upstream
+    return Opened(upstream, transport)

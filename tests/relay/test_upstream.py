@@ -1,15 +1,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from dataclasses import dataclass
 
-import pytest
-from tests.relay.fakes import REMOVE, RULES, FakeTransport, Rig, rig
+from tests.relay.fakes import FakeTransport, open_one, rig
 
-from dstack_mesh.model import AppId, PeerIdentity
 from dstack_mesh.relay.deadlines import NEVER
-from dstack_mesh.relay.lane import Route
 from dstack_mesh.relay.upstream import Upstream
 
 
@@ -29,25 +24,6 @@ class Sink:
 
     def upstream_writable(self, writable: bool) -> None:
         self.writable.append(writable)
-
-
-@dataclass
-class Opened:
-    upstream: Upstream
-    transport: FakeTransport
-
-
-def open_one(
-    one: Rig, *, generation: int = 1, not_after: float = NEVER, idle: bool = False
-) -> Opened:
-    upstream = Upstream(one.lane)
-    transport = FakeTransport(upstream)
-    upstream.connection_made(transport)
-    upstream.admit(PeerIdentity(AppId("a" * 40), not_after), generation)
-    if idle:
-        one.lane.release(upstream, one.worker.clock())
-        assert one.lane.idle[-1] is upstream
-    return Opened(upstream, transport)
 
 
 async def test_what_comes_goes_to_the_exchange() -> None:
@@ -116,69 +92,12 @@ async def test_a_connection_that_is_gone_is_not_taken_into_the_books() -> None:
         assert one.lane.idle == []
 
 
-# The pool.
-
-
-async def test_an_empty_lane_gives_nothing() -> None:
-    async with rig() as one:
-        assert one.lane.take(one.worker.clock()) is None
-
-
-async def test_the_connection_used_last_is_given_first() -> None:
-    async with rig() as one:
-        first, second = open_one(one, idle=True), open_one(one, idle=True)
-        taken = one.lane.take(one.worker.clock())
-        assert taken is second.upstream
-        assert (taken.reused, taken.deadline) == (True, NEVER)
-        assert one.lane.take(one.worker.clock()) is first.upstream
-        assert one.lane.take(one.worker.clock()) is None
-
-
-async def test_a_connection_of_an_older_identity_is_not_used_again() -> None:
-    async with rig() as one:
-        old = open_one(one, idle=True)
-        one.connector.number = 2
-        new = open_one(one, generation=2, idle=True)
-        busy = open_one(one)
-        one.lane.release(busy.upstream, one.worker.clock())
-        assert busy.transport.is_closing()
-        one.lane.idle.reverse()
-        assert one.lane.take(one.worker.clock()) is new.upstream
-        assert old.transport.is_closing()
-        assert not old.transport.aborted
-
-
-@pytest.mark.parametrize("why", ["age", "the peer's certificate", "on its way out"])
-async def test_a_connection_is_not_used_longer_than_it_may(why: str) -> None:
-    async with rig() as one:
-        idle = open_one(one, not_after=time.time() + 1000, idle=True)
-        if why == "age":
-            idle.upstream.expires_at = one.worker.clock()
-        elif why == "the peer's certificate":
-            idle.upstream.not_after = time.time()
-        else:
-            idle.transport.close()
-        assert one.lane.take(one.worker.clock()) is None
-        assert idle.transport.is_closing()
-        one.lane.release(idle.upstream, one.worker.clock())
-        assert one.lane.idle == []
-
-
 async def test_a_connection_lives_for_an_hour_at_most() -> None:
     async with rig() as one:
         now = one.worker.clock()
         ages = [open_one(one).upstream.expires_at - now for _ in range(20)]
         assert all(3200 < age <= 3601 for age in ages)
         assert len(set(ages)) > 1
-
-
-async def test_a_dead_connection_leaves_the_pool() -> None:
-    async with rig() as one:
-        kept, dead = open_one(one, idle=True), open_one(one, idle=True)
-        dead.transport.receive_eof()
-        await one.turn()
-        assert one.lane.idle == [kept.upstream]
-        assert one.worker.upstreams == {kept.upstream}
 
 
 async def test_an_idle_connection_is_closed_in_order_after_its_time() -> None:
@@ -191,14 +110,6 @@ async def test_an_idle_connection_is_closed_in_order_after_its_time() -> None:
         assert one.lane.take(one.worker.clock()) is None
         await one.turn()
         assert one.lane.idle == []
-
-
-async def test_an_idle_connection_is_not_kept_beyond_its_age() -> None:
-    async with rig() as one:
-        opened = open_one(one)
-        opened.upstream.expires_at = one.worker.clock() + 1
-        one.lane.release(opened.upstream, one.worker.clock())
-        assert opened.upstream.deadline == opened.upstream.expires_at
 
 
 async def test_a_connection_in_use_does_not_expire() -> None:
@@ -229,21 +140,3 @@ async def test_a_connection_that_does_not_come_to_close_is_cut() -> None:
         assert (transport.aborted, upstream.deadline < NEVER) == (False, True)
         upstream.expire(upstream.deadline)
         assert transport.aborted
-
-
-async def test_draining_closes_what_may_not_be_used_any_more() -> None:
-    async with rig() as one:
-        old = open_one(one, idle=True)
-        one.connector.number = 2
-        new = open_one(one, generation=2, idle=True)
-        one.lane.drain()
-        assert one.lane.idle == [new.upstream]
-        assert (old.transport.is_closing(), old.transport.aborted) == (True, False)
-        assert not new.transport.is_closing()
-
-
-async def test_a_route_holds_what_it_was_given() -> None:
-    async with rig() as one:
-        route = Route(one.lane, b"head", RULES, REMOVE)
-        assert (route.lane, route.head, route.rules) == (one.lane, b"head", RULES)
-        assert route.remove_trailers is REMOVE

@@ -16,6 +16,7 @@ from dstack_mesh.wire.fields import (
     list_members,
     parse_fields,
     serialise,
+    with_plain_length,
 )
 from dstack_mesh.wire.limits import MAX_FIELDS
 
@@ -81,6 +82,14 @@ def test_the_limit_on_field_lines() -> None:
     assert len(parse_fields(b"a: b\r\n" * MAX_FIELDS)) == MAX_FIELDS
     with pytest.raises(TooLargeError, match=f"{MAX_FIELDS + 1} field lines"):
         parse_fields(b"a: b\r\n" * (MAX_FIELDS + 1))
+
+
+def test_a_length_with_leading_zeros_is_written_anew() -> None:
+    block = b"X: content-length: 007\r\nContent-Length: 007\r\n"
+    assert with_plain_length(block, b"007", 7) == b"X: content-length: 007\r\nContent-Length: 7\r\n"
+    assert with_plain_length(b"Content-Length: 00\r\n", b"00", 0) == b"Content-Length: 0\r\n"
+    assert with_plain_length(b"Content-Length: 0\r\n", b"0", 0) == b"Content-Length: 0\r\n"
+    assert with_plain_length(b"Content-Length: 10\r\n", b"10", 10) == b"Content-Length: 10\r\n"
 
 
 @given(st.text("a\r\n", max_size=12).map(str.encode), st.integers(0, 12))

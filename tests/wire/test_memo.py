@@ -60,13 +60,3 @@ def test_the_number_of_blocks_is_bounded() -> None:
         assert len(memo._known) <= 512
     memo.get(b"1999")
     assert len(make.made) == 4000
-
-
-def test_clear_forgets() -> None:
-    make = Maker()
-    memo = BlockMemo(make)
-    for _ in range(2):
-        memo.get(b"a")
-    memo.clear()
-    memo.get(b"a")
-    assert make.made == [b"a", b"a", b"a"]

@@ -595,6 +595,20 @@ def test_refused_changes_of_the_protocol(lines: bytes) -> None:
         response(offered=b"websocket").feed(b"HTTP/1.1 101 S\r\n" + lines + b"\r\n")
 
 
+def test_http_1_0_changes_no_protocol() -> None:
+    with pytest.raises(UpstreamProtocolError, match=r"in HTTP/1\.0"):
+        response(offered=b"websocket").feed(SWITCH.replace(b"1.1", b"1.0"))
+
+
+@pytest.mark.parametrize("length", [0, 2])
+def test_a_connection_with_bytes_behind_a_whole_response_is_not_kept(length: int) -> None:
+    whole = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (length, b"x" * length)
+    for behind in (b"", b"y"):
+        one = response()
+        assert one.feed(whole + behind) == whole
+        assert (one.done, one.keep_upstream) == (True, not behind)
+
+
 # Another mesh's error header.
 
 MARKED = b"HTTP/1.%d 502 Bad\r\nContent-Length: 0\r\nX-Dstack-Mesh-Error: connect_failed\r\n\r\n"

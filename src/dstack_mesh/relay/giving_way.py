@@ -1,4 +1,4 @@
-"""Which connection gives way to a newcomer: that which has waited longest for a request (ADR 6)."""
+"""Which connection gives way to a newcomer: that which has waited longest for a request (ADR 8)."""
 
 from __future__ import annotations
 

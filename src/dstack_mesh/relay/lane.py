@@ -39,6 +39,7 @@ class Lane:
 
     __slots__ = (
         "_attempts",
+        "_closed",
         "_failures",
         "_last_taken",
         "_tasks",
@@ -73,6 +74,7 @@ class Lane:
         """Whether the pool has let go of the lane: whoever remembers it should ask again."""
         self._waiting: deque[Waiter] = deque()
         self._attempts = 0
+        self._closed = False
         self._failures = 0
         self._last_taken = -NEVER
         self._tasks: set[asyncio.Task[None]] = set()
@@ -100,7 +102,11 @@ class Lane:
 
     def wait(self, waiter: Waiter) -> None:
         """Have `waiter` told of a connection, or of why there is none."""
-        self._waiting.append(waiter)
+        waiting = self._waiting
+        # Where all connections are taken for long, those that gave up must not pile up.
+        while waiting and waiting[0].ended:
+            waiting.popleft()
+        waiting.append(waiter)
         self._open_more()
 
     def release(self, upstream: Upstream, now: float) -> None:
@@ -110,12 +116,15 @@ class Lane:
             self._keep_warm()
             return
         upstream.reused = True
-        waiter = self._next_waiter(fresh=False)
-        if waiter is not None:
-            waiter.connected(upstream)
-            return
+        if self._waiting:
+            waiter = self._next_waiter(fresh=False)
+            if waiter is not None:
+                waiter.connected(upstream)
+                return
         upstream.deadline = min(now + self.worker.upstream_idle, upstream.expires_at)
         self.idle.append(upstream)
+        if self._waiting:
+            self._open_more()
 
     def forget(self, upstream: Upstream) -> None:
         """Drop a connection that is gone."""
@@ -125,6 +134,8 @@ class Lane:
         self.worker.forget_upstream(upstream)
         if upstream.exchange is None and upstream in self.idle:
             self.idle.remove(upstream)
+            if self.worker.clock() >= upstream.expires_at:
+                self._keep_warm()
         if self._waiting:
             self._open_more()
 
@@ -140,7 +151,8 @@ class Lane:
             self._keep_warm()
 
     def close(self) -> None:
-        """Give up what is being opened."""
+        """Give up what is being opened, and open nothing any more."""
+        self._closed = True
         for task in list(self._tasks):
             task.cancel()
 
@@ -149,16 +161,21 @@ class Lane:
     def _open_more(self) -> None:
         """Open as many connections as there are requests that wait, within the limits."""
         most = MAX_ATTEMPTS if self._failures < _UNHEALTHY else 1
-        while (
-            self._attempts < min(most, len(self._waiting))
-            and self.open + self._attempts < MAX_CONNECTIONS
-        ):
+        wanted = min(most, len(self._waiting))
+        while self._attempts < wanted and self._has_room():
             self._open_one()
+        if self._attempts < wanted and self.idle:
+            # Who waits here wants a connection that was never used, and this one has its place.
+            self.idle.pop(0).close()
+
+    def _has_room(self) -> bool:
+        return self.open + self._attempts < MAX_CONNECTIONS and not self._closed
 
     def _keep_warm(self) -> None:
         """Have a connection ready for the next request, where one is to be expected."""
         lately = self.worker.clock() - self._last_taken < _WARM_SECONDS
-        if lately and not (self.idle or self._attempts or self.retired or self._failures):
+        needless = self.idle or self._attempts or self.retired or self._failures
+        if lately and not needless and self._has_room():
             self._open_one()
 
     def _open_one(self) -> None:
@@ -191,6 +208,8 @@ class Lane:
         waiter = self._next_waiter(fresh=True)
         if waiter is not None:
             waiter.connected(upstream)
+        elif upstream.transport.is_closing():
+            upstream.close()  # without another try: the peer would do the same to that
         else:
             self.release(upstream, self.worker.clock())
         if self._waiting:
@@ -199,10 +218,16 @@ class Lane:
     def _failed(self, error: MeshError) -> None:
         """Tell who has waited longest; where attempts fail again and again, all that wait."""
         self._failures += 1
-        waiter = self._next_waiter(fresh=True)
-        while waiter is not None:
-            waiter.not_connected(error)
-            waiter = self._next_waiter(fresh=True) if self._failures >= _UNHEALTHY else None
+        if self._failures < _UNHEALTHY:
+            waiter = self._next_waiter(fresh=True)
+            if waiter is not None:
+                waiter.not_connected(error)
+        else:
+            # Who comes to wait meanwhile is for the next attempt.
+            waiting, self._waiting = self._waiting, deque()
+            for one in waiting:
+                if not one.ended:
+                    one.not_connected(error)
         self._open_more()
 
     def _next_waiter(self, *, fresh: bool) -> Waiter | None:

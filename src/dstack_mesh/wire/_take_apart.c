@@ -51,7 +51,7 @@ static void free_table(PyObject *capsule)
     PyMem_Free(PyCapsule_GetPointer(capsule, CAPSULE));
 }
 
-static PyObject *table(PyObject *module, PyObject *pairs)
+static PyObject *table(PyObject *Py_UNUSED(module), PyObject *pairs)
 {
     if (!PyTuple_CheckExact(pairs) || PyTuple_GET_SIZE(pairs) > MAX_ENTRIES) {
         PyErr_SetString(PyExc_ValueError, "a tuple of at most 32 pairs of name and flags");
@@ -120,7 +120,7 @@ static int tell(PyObject *found, Py_ssize_t index, int exact, const uint8_t *nam
     return failed ? -1 : 0;
 }
 
-static PyObject *take_apart(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+static PyObject *take_apart(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
     if (nargs != 2 || !PyBytes_CheckExact(args[0])) {
         PyErr_SetString(PyExc_TypeError, "take_apart(block: bytes, table)");

@@ -70,14 +70,6 @@ class TooLargeError(MalformedError):
     """A limit of `wire.limits` is exceeded."""
 
 
-def without(block: bytes, fields: list[Field]) -> bytes:
-    """Give a block in normal form without the lines of these fields."""
-    text = b"\r\n" + block
-    for field in fields:
-        text = text.replace(b"\r\n%b: %b\r\n" % field, b"\r\n", 1)
-    return text[2:]
-
-
 def with_plain_length(block: bytes, text: bytes, length: int) -> bytes:
     """Give a block in which the `Content-Length` `text` is written as others read it too.
 
@@ -169,10 +161,9 @@ def _fault(line: bytes) -> str:
         return "broken by a bare CR or LF"
     if line[:1] in (b" ", b"\t"):
         return "folded or starts with white space"
-    name, colon, value = line.partition(b":")
+    name, colon, _ = line.partition(b":")
     if not colon:
         return "without a colon"
     if not is_token(name):
         return "named by something that is not a token"
-    del value
     return "valued with a control byte"

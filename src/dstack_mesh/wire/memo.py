@@ -47,7 +47,3 @@ class BlockMemo(Generic[T]):
         if len(self._seen) >= _MAX_SIGHTINGS:
             self._seen.clear()
         self._seen.add(sighting)
-
-    def clear(self) -> None:
-        """Forget everything, as when what the made values refer to has changed."""
-        self._known.clear()

@@ -18,7 +18,6 @@ from dstack_mesh.wire.fields import (
     parse_fields,
     serialise,
     with_plain_length,
-    without,
 )
 from dstack_mesh.wire.framing import (
     Framing,
@@ -184,8 +183,7 @@ def parse_request_fields(
             usual = heads.read(block)
             if usual is not None and not (usual.chunked and minor == 0):
                 return _usual(usual, minor)
-        fields = parse_fields(block)
-        return _understand(fields, serialise(fields), minor, remove, authority)
+        return _understand(parse_fields(block), minor, remove, authority)
     except TooLargeError as too_large:
         raise HeaderTooLarge(f"the head has {too_large}") from too_large
     except MalformedError as error:
@@ -193,50 +191,41 @@ def parse_request_fields(
 
 
 def _understand(
-    fields: list[Field],
-    normal: bytes,
-    minor: int,
-    remove: frozenset[bytes],
-    authority: bytes | None,
+    fields: list[Field], minor: int, remove: frozenset[bytes], authority: bytes | None
 ) -> RequestFields:
-    """Decide by `fields`; those that only pass may be left out. `normal` has them all."""
     read: dict[bytes, list[bytes]] = {}
+    kept: list[Field] = []
     removed: list[Field] = []
-    dropped: list[Field] = []
     for field in fields:
         name, value = field
         lower, alike = name.lower(), likeness(name)
         if alike in remove:
             removed.append((lower, value))
-            dropped.append(field)
-        elif lower in _READ:
+            continue
+        if lower in _READ:
             read.setdefault(lower, []).append(value)
-            if lower in HOP_BY_HOP:
-                dropped.append(field)
         elif alike in NO_LOOKALIKES:
             raise MalformedError(f"a field that some readers take for `{alike.decode('ascii')}`")
-    connection = read.get(b"connection")
-    options = connection_options(connection) if connection else _NONE
+        if lower not in HOP_BY_HOP:
+            kept.append(field)
+    options = connection_options(read.get(b"connection", []))
     declared, length = declared_framing(
         read.get(b"content-length", []), read.get(b"transfer-encoding", []), minor
     )
-    upgrade = _upgrade(read.get(b"upgrade", []), options, minor) if options else b""
-    nominated = options - _READ_OPTIONS if options else _NONE
+    upgrade = _upgrade(read.get(b"upgrade", []), options, minor)
+    nominated = options - _READ_OPTIONS
     if nominated:
-        dropped += [field for field in parse_fields(normal) if field[0].lower() in nominated]
+        kept = [field for field in kept if field[0].lower() not in nominated]
     host = _host(read.get(b"host", []), minor)
     if authority is not None:
         host = authority
-        dropped += [field for field in fields if field[0].lower() == b"host"]
-    forwarded = without(normal, dropped) if dropped else normal
+        kept = [(b"Host", host), *(field for field in kept if field[0].lower() != b"host")]
+    forwarded = serialise(kept)
     if declared is Framing.LENGTH:
         forwarded = with_plain_length(forwarded, read[b"content-length"][0], length)
-    if authority is not None:
-        forwarded = b"Host: %b\r\n%b" % (authority, forwarded)
     chunked = declared is Framing.CHUNKED
     if chunked or upgrade or b"te" in read:
         forwarded += _connection_lines(chunked, read.get(b"te", []), upgrade)
-    ids = read.get(b"x-request-id")
     return RequestFields(
         forwarded=forwarded,
         framing=request_framing(declared, length),
@@ -245,8 +234,8 @@ def _understand(
         keeps=(persists(0, options), persists(1, options)),
         upgrade=upgrade,
         removed=removed,
-        request_id=ids[0] if ids else b"",
-        nominated=frozenset(map(likeness, nominated)) if nominated else _NONE,
+        request_id=read.get(b"x-request-id", [b""])[0],
+        nominated=frozenset(map(likeness, nominated)),
     )
 
 

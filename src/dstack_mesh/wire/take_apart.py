@@ -34,6 +34,8 @@ Found = tuple[int, bool, bytes, bytes]
 _BLANK: Final = 0x20
 _NOT_IN_VALUES = (*range(0x20), 0x7F)
 _FINE_IN_VALUES: Final = bytes(byte for byte in range(256) if byte not in _NOT_IN_VALUES)
+_MAX_ENTRIES: Final = 32
+_MAX_NAME: Final = 32
 _MAX_KNOWN: Final = 1024
 _MAX_KNOWN_BYTES: Final = 64
 _NO_NAME: Final = -2
@@ -46,10 +48,13 @@ class NormalForm:
     __slots__ = ("_flags", "_in_c", "_known", "_places", "_table")
 
     def __init__(self, table: tuple[tuple[bytes, int], ...], in_c: Any = _compiled) -> None:
-        """Names are lower-case, of 1 to 32 bytes, letters and digits with `-` between.
+        """`table` has at most 32 names, each once: as `likeness` writes them, of 1 to 32 bytes.
+
+        Raises ValueError for others.
 
         `in_c` is the module that does the work; None: it is done here.
         """
+        _check(table)
         self._in_c = in_c.take_apart if in_c is not None else None
         self._table = in_c.table(table) if in_c is not None else None
         self._flags = [flags for _, flags in table]
@@ -99,3 +104,13 @@ class NormalForm:
                 self._known.clear()
             self._known[name] = known
         return known
+
+
+def _check(table: tuple[tuple[bytes, int], ...]) -> None:
+    if len(table) > _MAX_ENTRIES:
+        raise ValueError(f"{len(table)} names; at most {_MAX_ENTRIES} are looked for")
+    for name, _ in table:
+        if not 1 <= len(name) <= _MAX_NAME or likeness(name) != name:
+            raise ValueError(f"{name!r} is not 1 to {_MAX_NAME} lower-case letters, digits and `-`")
+    if len({name for name, _ in table}) != len(table):
+        raise ValueError("a name is there twice")
