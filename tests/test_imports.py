@@ -21,7 +21,7 @@ LAYERS = (
     {"relay", "dstack"},
     {"outbound", "inbound"},
     {"ops"},
-    {"lifecycle", "reload"},
+    {"lifecycle", "reload", "bindings"},
     {"workers"},
     {"sidecar"},
     {"app"},

@@ -12,10 +12,12 @@ from pathlib import Path
 import uvloop
 
 from dstack_mesh import lifecycle, listen, memory, reload
+from dstack_mesh.bindings import bind_all, bound_addresses
 from dstack_mesh.log import event
 from dstack_mesh.ops.systemd import Notifier
 from dstack_mesh.settings.load import Loaded
-from dstack_mesh.sidecar import Sidecar, bind_all, bound_addresses
+from dstack_mesh.sidecar import Sidecar
+from dstack_mesh.workers.reread import Reread
 from dstack_mesh.workers.seat import Line, Seat
 from dstack_mesh.workers.supervisor import Supervisor
 
@@ -28,7 +30,7 @@ def run(loaded: Loaded, ready_file: Path | None) -> int:
     try:
         if loaded.settings.workers > 1:
             return _supervise(loaded, ready_file)
-        return _run_loop(loaded, ready_file, None)
+        return _run_loop(loaded, ready_file)
     except listen.ListenError as error:
         print(f"dstack-mesh: {error}", file=sys.stderr)  # noqa: T201 - for the person who started it
         return 1
@@ -36,12 +38,14 @@ def run(loaded: Loaded, ready_file: Path | None) -> int:
 
 def _supervise(loaded: Loaded, ready_file: Path | None) -> int:
     sockets: dict[str, listen.ListeningSocket] = {}
+    reread = Reread(loaded)
     try:
         bind_all(loaded.settings, sockets)
         supervisor = Supervisor(
             loaded.settings,
             sockets,
-            work=lambda seat: _run_loop(loaded, None, seat),
+            work=lambda seat: _run_worker(reread, seat),
+            reread=reread,
             notifier=Notifier.from_environ(os.environ),
             ready_file=ready_file,
             bound=bound_addresses(sockets),
@@ -53,21 +57,56 @@ def _supervise(loaded: Loaded, ready_file: Path | None) -> int:
             listen.unlink_if_ours(sock)
 
 
-def _run_loop(loaded: Loaded, ready_file: Path | None, seat: Seat | None) -> int:
+def _run_loop(loaded: Loaded, ready_file: Path | None) -> int:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_main(loaded, ready_file, seat))
+        return runner.run(_alone(loaded, ready_file))
 
 
-async def _main(loaded: Loaded, ready_file: Path | None, seat: Seat | None = None) -> int:
+async def _alone(loaded: Loaded, ready_file: Path | None) -> int:
     loop = asyncio.get_running_loop()
-    sidecar = Sidecar(loaded.settings, seat)
-    notifier = Notifier.from_environ(os.environ) if seat is None else seat.line
+    sidecar = Sidecar(loaded.settings)
+    notifier = Notifier.from_environ(os.environ)
     reloader = reload.Reloader(loaded, sidecar.reloadable(), notifier)
     signals = lifecycle.Signals(loop, reloader.ask)
+    _hear_announcement(loop, sidecar)
+    return await _serve(sidecar, signals, reloader, notifier, ready_file)
+
+
+def _run_worker(reread: Reread, seat: Seat) -> int:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_one_of_several(reread, seat))
+
+
+async def _one_of_several(reread: Reread, seat: Seat) -> int:
+    loop = asyncio.get_running_loop()
+    sidecar = Sidecar(reread.settings(), seat)
+    parts = (*sidecar.reloadable(), seat.reload_part())
+    reloader = reload.Reloader(reread.started, parts, seat.line, reread.current)
+    signals = lifecycle.Signals(loop, reloader.ask, second_ends=False)
+
+    _hear_announcement(loop, sidecar)
+
+    def orphaned() -> None:
+        sidecar.leave_listeners()  # to a successor of our supervisor's
+        signals.end(0)
+
+    seat.watch_supervisor(loop, orphaned)
+    return await _serve(sidecar, signals, reloader, seat.line, None)
+
+
+def _hear_announcement(loop: asyncio.AbstractEventLoop, sidecar: Sidecar) -> None:
     # From who ends nginx in front of us first: it has to be seen that this one is ending.
     loop.add_signal_handler(signal.SIGUSR1, sidecar.announce_end)
-    if seat is not None:
-        seat.watch_supervisor(loop, lambda: signals.end(0))
+
+
+async def _serve(
+    sidecar: Sidecar,
+    signals: lifecycle.Signals,
+    reloader: reload.Reloader,
+    notifier: Notifier | Line,
+    ready_file: Path | None,
+) -> int:
+    loop = asyncio.get_running_loop()
     collector = memory.Collector(loop, sidecar.open_connections)
     try:
         await sidecar.start()

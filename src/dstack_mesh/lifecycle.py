@@ -29,8 +29,17 @@ class Signals:
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, hangup: Callable[[], None] = lambda: None
+        self,
+        loop: asyncio.AbstractEventLoop,
+        hangup: Callable[[], None] = lambda: None,
+        *,
+        second_ends: bool = True,
     ) -> None:
+        """Without `second_ends` a second signal does nothing: another process sees to that.
+
+        It and we may both be sent the first one, by systemd or a terminal.
+        """
+        self._second_ends = second_ends
         self._asked = asyncio.Event()
         self.exit_status = 0
         """0 after SIGTERM, 130 after SIGINT, or what `end` was told."""
@@ -49,7 +58,9 @@ class Signals:
 
     def _received(self, number: signal.Signals) -> None:
         if self._asked.is_set():
-            os._exit(_EXIT_STATUS_AT_ONCE[number])
+            if self._second_ends:
+                os._exit(_EXIT_STATUS_AT_ONCE[number])
+            return
         self.exit_status = _EXIT_STATUS[number]
         self._asked.set()
 

@@ -7,6 +7,7 @@ that cannot fail. So a mistake in one place never leaves a mixture in effect.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from dstack_mesh.ops import logs
 from dstack_mesh.policy.current import Current
 from dstack_mesh.settings.errors import SettingsError
 from dstack_mesh.settings.load import Loaded, value_of
-from dstack_mesh.settings.rules import TABLES
+from dstack_mesh.settings.rules import FIELDS, TABLES
 from dstack_mesh.settings.schema import SCHEMA
 from dstack_mesh.settings.tree import Settings, TlsSettings
 
@@ -54,10 +55,16 @@ class Supervisor(Protocol):
 class Reloader:
     """Reads the settings again when asked, one time after the other."""
 
-    def __init__(self, loaded: Loaded, parts: Sequence[Part], supervisor: Supervisor) -> None:
-        """`loaded` is what the process was started with."""
+    def __init__(
+        self,
+        loaded: Loaded,
+        parts: Sequence[Part],
+        supervisor: Supervisor,
+        current: Loaded | None = None,
+    ) -> None:
+        """`loaded` is what was started with, `current` what reloads have since made of it."""
         self._started = loaded
-        self._current = loaded
+        self._current = current or loaded
         self._parts = parts
         self._supervisor = supervisor
         self._asked = asyncio.Event()
@@ -125,6 +132,18 @@ def _differing(one: Loaded, other: Loaded, *, reloadable: bool) -> list[str]:
     if reloadable:
         keys += TABLES
     return [key for key in keys if value_of(one.settings, key) != value_of(other.settings, key)]
+
+
+def in_effect(started: Settings, reloaded: Settings) -> Settings:
+    """Give the settings of a process that was `started` and `reloaded`: only some may change."""
+    settings = started
+    for key in (*(one.key for one in SCHEMA if one.reloadable), *TABLES):
+        section, _, name = key.partition(".")
+        name = FIELDS.get(key, name)
+        value = getattr(getattr(reloaded, section), name)
+        part = dataclasses.replace(getattr(settings, section), **{name: value})
+        settings = dataclasses.replace(settings, **{section: part})
+    return settings
 
 
 def policy_part(current: Current) -> Part:

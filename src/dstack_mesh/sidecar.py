@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import ssl
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dstack_mesh import __version__, listen, reload
+from dstack_mesh.bindings import bind_all, bound_addresses
 from dstack_mesh.dstack.agent import AgentClient
 from dstack_mesh.dstack.gateway import GatewayDirectory
 from dstack_mesh.identity.source import AgentSource, CredentialSource, FileSource
@@ -41,6 +42,9 @@ from dstack_mesh.workers.seat import Seat
 log = logging.getLogger(__name__)
 
 _ADMIN_CONNECTIONS = 256
+_ADMIN_SECONDS = 2.0
+"""For who is being answered by a worker that ends."""
+
 _TLS_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 
@@ -74,8 +78,10 @@ class Sidecar:
         self._auth = self._make_auth()
         self._draining = False
         self._sockets: dict[str, listen.ListeningSocket] = {}
-        self._bound: dict[str, str | None] = bound_addresses({})
+        self._bound = bound_addresses(self._sockets)
         self._listeners = Listeners(self.worker.loop)
+        if seat is not None:
+            self._listeners = Listeners(self.worker.loop, seat.share_of)
         self._tasks: list[asyncio.Task[None]] = []
         self.identity.subscribe(self._renewed)
         self.reporter = self._make_reporter()
@@ -176,7 +182,7 @@ class Sidecar:
         if self._seat is None:
             bind_all(settings, self._sockets)
         else:
-            self._sockets = dict(self._seat.sockets)
+            self._sockets.update(self._seat.sockets)
             self._seat.mailbox.serve(self.worker.loop, self.reporter.collect)
         self._bound = bound_addresses(self._sockets)  # they outlive their sockets while draining
         self._serve("outbound", self._outbound, self._proxy)
@@ -192,7 +198,8 @@ class Sidecar:
         await self.identity.wait_loaded()
         if self._listener is not None:
             sock = self._sockets["inbound"]
-            self._listeners.serve_tls("inbound", sock, self._inbound, self._listener.take)
+            take, handshakes = self._listener.take, self._listener.handshakes
+            self._listeners.serve_tls("inbound", sock, self._inbound, take, handshakes)
             self._say_listening("inbound")
         if self._auth is not None:
             self._serve("auth", self._inbound, self._auth)
@@ -239,6 +246,7 @@ class Sidecar:
                 await self._inbound.drain()
                 self._stop_accepting("outbound")
                 await self._outbound.drain()
+                await self._leave_admin()
         except TimeoutError:
             event(
                 log,
@@ -247,6 +255,19 @@ class Sidecar:
                 inbound=len(self._inbound.connections),
                 outbound=len(self._outbound.connections),
             )
+
+    def leave_listeners(self) -> None:
+        """Close all listeners at once: another sidecar may be about to take the addresses."""
+        for name in list(self._sockets):
+            self._stop_accepting(name)
+
+    async def _leave_admin(self) -> None:
+        """Let siblings, who may have longer to drain, answer who asks from now on."""
+        if self._seat is not None:
+            self._stop_accepting("admin")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ADMIN_SECONDS):
+                    await self._admin.drain()
 
     async def stop(self) -> None:
         """End everything at once."""
@@ -311,27 +332,6 @@ class Sidecar:
         if self.directory.current is None:
             return False, self.directory.reason or "not known yet"
         return True, str(self.directory.text)
-
-
-def bind_all(settings: Settings, sockets: dict[str, listen.ListeningSocket]) -> None:
-    """Bind every listener that the settings ask for, into `sockets`. Raises `ListenError`."""
-    inbound = settings.inbound
-    addresses = {"outbound": settings.outbound.listen, "admin": settings.admin.listen}
-    if inbound.mode == "embedded" and inbound.backend is not None:
-        addresses["inbound"] = inbound.listen
-    if inbound.mode == "nginx":
-        addresses["auth"] = inbound.auth_listen
-    for name, address in addresses.items():
-        if address is not None:
-            sockets[name] = listen.bind(address)
-
-
-def bound_addresses(sockets: Mapping[str, listen.ListeningSocket]) -> dict[str, str | None]:
-    """Give the addresses actually bound, by listener; None for one that is off."""
-    return {
-        name: str(listen.bound_address(sockets[name])) if name in sockets else None
-        for name in ("outbound", "inbound", "auth", "admin")
-    }
 
 
 def _source(tls: TlsSettings, agent: AgentClient) -> CredentialSource:

@@ -72,7 +72,8 @@ class Rig:
         self.address = TcpAddress(*self.sock.getsockname())
 
     def start(self) -> None:
-        self.listeners.serve_tls("inbound", self.sock, self.service, self.listener.take)
+        take, handshakes = self.listener.take, self.listener.handshakes
+        self.listeners.serve_tls("inbound", self.sock, self.service, take, handshakes)
 
     async def hello(self, context: ssl.SSLContext = CALLER) -> None:
         """Do a whole exchange on a connection of its own."""
@@ -91,7 +92,7 @@ async def listening(**said: float) -> AsyncIterator[Rig]:
         rig.listeners.abort()
         rig.listener.abort()
         rig.service.abort()
-        await eventually(lambda: not rig.service.connections and not rig.listener._handshakes)
+        await eventually(lambda: not rig.service.connections and not rig.listener.handshakes())
         rig.worker.close()
         rig.sock.close()
 
@@ -137,10 +138,10 @@ async def test_the_limit_closes_before_tls() -> None:
 async def test_the_oldest_handshake_gives_way() -> None:
     async with listening(max_connections=2, head=60.0) as rig, contextlib.AsyncExitStack() as stack:
         silent = [await stack.enter_async_context(Client.connect(rig.address)) for _ in range(2)]
-        await eventually(lambda: len(rig.listener._handshakes) == 2)
+        await eventually(lambda: rig.listener.handshakes() == 2)
         await rig.hello()
         assert await closed(silent[0]) == b""
-        assert len(rig.listener._handshakes) == 1, "the younger one has its time still"
+        assert rig.listener.handshakes() == 1, "the younger one has its time still"
         assert rig.handshakes == ["failed", "ok"]
 
 
@@ -150,7 +151,7 @@ async def test_handshakes_and_connections_together_keep_the_limit() -> None:
         await kept.send(request())
         assert (await kept.answer()).status == 200
         silent = await stack.enter_async_context(Client.connect(rig.address))
-        await eventually(lambda: len(rig.listener._handshakes) == 1)
+        await eventually(lambda: rig.listener.handshakes() == 1)
         await rig.hello()
         assert await closed(silent) == b""
         await kept.send(request())
@@ -164,11 +165,11 @@ async def test_handshakes_have_a_limit_of_their_own(monkeypatch: pytest.MonkeyPa
         contextlib.AsyncExitStack() as stack,
     ):
         silent = [await stack.enter_async_context(Client.connect(rig.address)) for _ in range(3)]
-        await eventually(lambda: len(rig.listener._handshakes) == 3)
+        await eventually(lambda: rig.listener.handshakes() == 3)
         assert rig.handshakes == [], "three are within it"
         silent.append(await stack.enter_async_context(Client.connect(rig.address)))
         assert await closed(silent[0]) == b""
-        assert len(rig.listener._handshakes) == 3
+        assert rig.listener.handshakes() == 3
         await rig.hello()
 
 
@@ -217,7 +218,7 @@ async def test_a_caller_of_another_kms_fails_in_the_handshake() -> None:
 
 async def test_stop_lets_handshakes_in_progress_go_on() -> None:
     async with listening() as rig, Client.connect(rig.address) as client:
-        await eventually(lambda: len(rig.listener._handshakes) == 1)
+        await eventually(lambda: rig.listener.handshakes() == 1)
         rig.listeners.stop("inbound")
         await client.writer.start_tls(CALLER, server_hostname="x")
         await client.send(request())
@@ -264,10 +265,10 @@ async def test_who_has_waited_long_for_a_request_gives_way() -> None:
 
 async def test_abort_gives_up_handshakes_in_progress() -> None:
     async with listening(head=60.0) as rig, Client.connect(rig.address) as client:
-        await eventually(lambda: len(rig.listener._handshakes) == 1)
+        await eventually(lambda: rig.listener.handshakes() == 1)
         rig.listener.abort()
         assert await closed(client) == b""
-        await eventually(lambda: not rig.listener._handshakes)
+        await eventually(lambda: not rig.listener.handshakes())
         await rig.hello()
 
 
@@ -280,11 +281,11 @@ async def test_a_full_backlog_is_not_taken_in_one_turn() -> None:
         most, before = 0, 0
         while before < 20:
             await asyncio.sleep(0)
-            now = len(rig.listener._handshakes)
+            now = rig.listener.handshakes()
             most, before = max(most, now - before), now
         assert most <= 2, "others had their turns in between"
         rig.listeners.abort()
         rig.listener.abort()
-        await eventually(lambda: not rig.listener._handshakes)
+        await eventually(lambda: not rig.listener.handshakes())
     rig.worker.close()
     rig.sock.close()

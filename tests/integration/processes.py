@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 from dstack_mesh.model import TcpAddress
-from tests.integration.harness import tcp
+from tests.integration.harness import eventually, tcp
 
 COMMAND = (sys.executable, "-m", "dstack_mesh")
 _START_SECONDS = 20.0
@@ -27,6 +27,21 @@ def clean_environ() -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(("MESH_", "DSTACK_"))
     }
+
+
+def children(pid: int) -> list[int]:
+    """Give the process ids of a process's children that have not ended."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [child for child in map(int, found) if is_there(child)]
+
+
+def is_there(pid: int) -> bool:
+    """Tell whether a process is there and has not ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 class SidecarProcess:
@@ -101,5 +116,8 @@ async def sidecar_process(
         yield SidecarProcess(process, json.loads(ready.read_text()), log)
     finally:
         if process.returncode is None:
-            process.kill()
+            workers = children(process.pid)
+            for pid in (process.pid, *workers):
+                os.kill(pid, signal.SIGKILL)
             await process.wait()
+            await eventually(lambda: not any(map(is_there, workers)))

@@ -295,3 +295,85 @@ async def test_no_descriptor_at_all_is_a_shortage_too(monkeypatch: pytest.Monkey
 def test_what_is_spared(monkeypatch: pytest.MonkeyPatch, limit: int, one: int) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
     assert [spare_descriptors(shares) for shares in range(3)] == [0, one, 2 * one]
+
+
+# Where several processes accept.
+
+
+class FakeShare:
+    def __init__(self) -> None:
+        self.is_theirs = False
+        self.asked = 0
+        self.left = 0
+
+    def is_others_turn(self) -> bool:
+        self.asked += 1
+        return self.is_theirs
+
+    def leave(self) -> None:
+        self.left += 1
+
+
+async def test_others_know_of_us_from_the_start_to_the_end() -> None:
+    share = FakeShare()
+    rig = Rig(share=share)
+    rig.acceptor.start()
+    assert (share.asked, share.left) == (1, 0)
+    rig.close()
+    assert share.left == 1
+
+
+async def test_each_connection_is_taken_only_where_it_is_ours() -> None:
+    share = FakeShare()
+    rig = Rig(share=share)
+    rig.acceptor.start()
+    for _ in range(3):
+        rig.add_client()
+    rig.listening.become_readable()
+    await eventually(lambda: len(rig.taken) == 3)
+    assert share.asked >= 4
+    rig.close()
+
+
+async def test_what_others_leave_is_taken_after_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "OTHERS_TURN", 0.05)
+    share = FakeShare()
+    share.is_theirs = True
+    rig = Rig(share=share)
+    rig.acceptor.start()
+    for _ in range(7):
+        rig.add_client()
+    rig.listening.become_readable()
+    await eventually(lambda: share.asked > 1)
+    asked = share.asked
+    await asyncio.sleep(0.02)
+    assert (rig.taken, rig.listening.asked) == ([], [])
+    assert share.asked == asked, "the loop turned for nothing"
+    await eventually(lambda: len(rig.taken) == 7)
+    times = rig.listening.asked
+    pauses = [later - one > 0.04 for one, later in itertools.pairwise(times)]
+    assert pauses[:6] == [True, False, True, False, False, False], "one, two, four of them"
+
+    await eventually(lambda: len(rig.listening.asked) == 8)  # nobody waits any more
+    rig.listening.asked.clear()
+    for _ in range(2):
+        rig.add_client()
+    await eventually(lambda: len(rig.taken) == 9)
+    first, second, *_ = rig.listening.asked
+    assert second - first > 0.04, "one at first again"
+    rig.close()
+
+
+async def test_nothing_is_taken_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "OTHERS_TURN", 0.02)
+    share = FakeShare()
+    share.is_theirs = True
+    rig = Rig(share=share)
+    rig.acceptor.start()
+    rig.add_client()
+    rig.listening.become_readable()
+    await eventually(lambda: share.asked > 1)
+    rig.acceptor.stop()
+    await asyncio.sleep(0.05)
+    assert rig.taken == []
+    rig.close()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -135,3 +135,25 @@ async def test_a_socket_that_the_loop_does_not_take_is_closed(worker: Worker) ->
     await eventually(lambda: not intake._opening)
     assert ours.fileno() == -1
     theirs.close()
+
+
+async def test_a_share_counts_who_is_there_and_who_is_about_to_be(worker: Worker) -> None:
+    """Where several processes accept on the same socket."""
+    counts: dict[str, Callable[[], int]] = {}
+
+    def share_of(name: str, count: Callable[[], int]) -> None:
+        counts[name] = count
+
+    service = Service(worker, "outbound", max_connections=10)
+    listeners = Listeners(worker.loop, share_of)
+    with bind(LOOPBACK) as sock, bind(LOOPBACK) as tls:
+        listeners.serve("outbound", sock, service, Hello())
+        listeners.serve_tls("inbound", tls, service, lambda accepted: None, lambda: 5)
+        where = bound_address(sock)
+        assert isinstance(where, TcpAddress)
+        async with Client.connect(where) as client:
+            await hello(client)
+            assert counts["outbound"]() == 1
+            assert counts["inbound"]() == 6, "handshakes count too"
+        await eventually(lambda: counts["outbound"]() == 0)
+        listeners.abort()

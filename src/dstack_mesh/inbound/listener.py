@@ -62,6 +62,10 @@ class TlsListener:
         self._opening[task] = transport, accepted
         task.add_done_callback(self._opened)
 
+    def handshakes(self) -> int:
+        """Count the handshakes in progress."""
+        return len(self._handshakes)
+
     def abort(self) -> None:
         """Give up the handshakes in progress."""
         for handshake in list(self._handshakes):

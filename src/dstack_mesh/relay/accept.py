@@ -25,6 +25,12 @@ PAUSE = 0.1
 CALM = 5.0
 """Seconds without a pause after which a shortage is over: one that comes and goes is one."""
 
+OTHERS_TURN = 0.002
+"""Seconds that another worker has for what is left to it.
+
+Then one connection is taken all the same, and twice as many each time that the other has still not
+come: it may be busy, or stand still."""
+
 PER_TURN = 16
 """Connections that cost little, accepted before others have their turn."""
 
@@ -82,6 +88,18 @@ class Yielding(Protocol):
         ...
 
 
+class Share(Protocol):
+    """A worker's share of a listener at which several accept."""
+
+    def is_others_turn(self) -> bool:
+        """Tell the others how many we have, and whether the next should be for one of them."""
+        ...
+
+    def leave(self) -> None:
+        """Tell the others that we accept no more."""
+        ...
+
+
 class Acceptor:
     """Accepts on one listening, non-blocking socket, which stays the caller's."""
 
@@ -95,11 +113,16 @@ class Acceptor:
         per_turn: int = PER_TURN,
         spare: int = 0,
         yielding: Yielding | None = None,
+        share: Share | None = None,
     ) -> None:
         """`listener` names it in logs. The last `spare` descriptors are left to others.
 
-        Connections of `yielding` may have to end where descriptors are short.
+        Connections of `yielding` may have to end where descriptors are short. `share` is None where
+        nobody else accepts on `sock`.
         """
+        self._share = share
+        self._leaving: asyncio.TimerHandle | None = None
+        self._unclaimed = 1
         self._loop = loop
         self._sock = sock
         self._listener = listener
@@ -116,6 +139,8 @@ class Acceptor:
     def start(self) -> None:
         """Begin to accept."""
         self._started = True
+        if self._share is not None:
+            self._share.is_others_turn()  # which tells them that we are there
         self._loop.add_reader(self._sock, self._readable)
 
     def stop(self) -> None:
@@ -124,12 +149,36 @@ class Acceptor:
             self._started = False
             self._loop.remove_reader(self._sock)
             self._cancel_timer()
+            if self._leaving is not None:
+                self._leaving.cancel()
+            if self._share is not None:
+                self._share.leave()
 
     def _readable(self) -> None:
-        for _ in range(self._per_turn):
+        self._accept(self._per_turn, self._share)
+
+    def _leave_to_others(self) -> None:
+        """Look away, or the loop would turn for nothing: it tells for as long as somebody waits."""
+        self._loop.remove_reader(self._sock)
+        self._leaving = self._loop.call_later(OTHERS_TURN, self._look_again)
+
+    def _look_again(self) -> None:
+        """Take some of those whom nobody else has taken."""
+        self._leaving = None
+        self._loop.add_reader(self._sock, self._readable)
+        most = self._unclaimed
+        self._unclaimed = min(2 * most, self._per_turn)
+        self._accept(most, None)
+
+    def _accept(self, most: int, share: Share | None) -> None:
+        for _ in range(most):
+            if share is not None and share.is_others_turn():
+                self._leave_to_others()
+                return
             try:
                 accepted, _ = self._sock.accept()
             except BlockingIOError:
+                self._unclaimed = 1  # all have been taken, by whomever
                 return
             except OSError as error:
                 if error.errno in _OF_ONE_CONNECTION:

@@ -6,7 +6,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 
-from dstack_mesh.relay.accept import PER_TURN, Acceptor, Take, spare_descriptors
+from dstack_mesh.relay.accept import PER_TURN, Acceptor, Share, Take, spare_descriptors
 from dstack_mesh.relay.interfaces import Handler, P
 from dstack_mesh.relay.service import Service
 
@@ -17,11 +17,19 @@ _HANDSHAKES_PER_TURN = 1
 """A handshake takes its time, and whoever is being served waits for it."""
 
 
+ShareOf = Callable[[str, Callable[[], int]], Share | None]
+"""Gives our share of a listener, by its name and what counts our connections there."""
+
+
 class Listeners:
     """Accepts on them, by name. The sockets are the caller's."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, share_of: ShareOf = lambda name, count: None
+    ) -> None:
+        """`share_of` is for sockets on which other processes accept too."""
         self._loop = loop
+        self._share_of = share_of
         self._acceptors: dict[str, Acceptor] = {}
         self._intakes: dict[str, PlainIntake] = {}
 
@@ -29,11 +37,20 @@ class Listeners:
         """Serve plain HTTP."""
         intake = PlainIntake(self._loop, lambda: service.protocol(handler).as_protocol())
         self._intakes[name] = intake
-        self._accept(name, sock, service, intake.take, PER_TURN)
+        share = self._share_of(name, lambda: len(service.connections) + len(intake))
+        self._accept(name, sock, service, intake.take, PER_TURN, share)
 
-    def serve_tls(self, name: str, sock: socket.socket, service: Service, take: Take) -> None:
-        """Hand what is accepted to `take`, which begins a handshake."""
-        self._accept(name, sock, service, take, _HANDSHAKES_PER_TURN)
+    def serve_tls(
+        self,
+        name: str,
+        sock: socket.socket,
+        service: Service,
+        take: Take,
+        handshakes: Callable[[], int],
+    ) -> None:
+        """Hand what is accepted to `take`, which begins a handshake; `handshakes` counts these."""
+        share = self._share_of(name, lambda: len(service.connections) + handshakes())
+        self._accept(name, sock, service, take, _HANDSHAKES_PER_TURN, share)
 
     def stop(self, name: str) -> None:
         """Stop accepting there, where that has begun."""
@@ -49,7 +66,13 @@ class Listeners:
             intake.abort()
 
     def _accept(
-        self, name: str, sock: socket.socket, service: Service, take: Take, per_turn: int
+        self,
+        name: str,
+        sock: socket.socket,
+        service: Service,
+        take: Take,
+        per_turn: int,
+        share: Share | None,
     ) -> None:
         acceptor = self._acceptors[name] = Acceptor(
             self._loop,
@@ -59,6 +82,7 @@ class Listeners:
             per_turn=per_turn,
             spare=spare_descriptors(_SHARES[name]),
             yielding=service,
+            share=share,
         )
         acceptor.start()
 
@@ -72,6 +96,10 @@ class PlainIntake:
         self._loop = loop
         self._protocol = protocol
         self._opening: dict[asyncio.Task[None], socket.socket] = {}
+
+    def __len__(self) -> int:
+        """Count those that have no protocol yet."""
+        return len(self._opening)
 
     def take(self, accepted: socket.socket) -> None:
         """See `Take`."""

@@ -2,24 +2,33 @@
 
 A mailbox is a pair of sockets from before the forks. Its worker reads the one end, all others write
 to the other, whole messages at a time. Who is asked answers into the mailbox of who has asked. A
-worker that takes another's place takes its mailbox over.
+worker that takes another's place takes its mailbox over, with what nobody has read: questions are
+numbered by the time at which they were asked, so that old ones are known for what they are.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
+from dstack_mesh.log import event
 from dstack_mesh.ops.report import Check, Readiness, WorkerReport
+
+log = logging.getLogger(__name__)
 
 PATIENCE = 1.5
 """Seconds to wait for the others' reports."""
 
 _PIECE_BYTES = 32 * 1024
+_PER_TURN = 64
+"""Messages read before others have their turn."""
+
 _RETRY = 0.005
 _MAX_MESSAGE_BYTES = _PIECE_BYTES + 1024
 
@@ -27,7 +36,7 @@ Report = Callable[[bool], Awaitable[WorkerReport]]
 
 
 class Ask(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """A question; the answer goes to the mailbox `asker`, with this number."""
+    """A question; the answer goes to the mailbox `asker`, with this number: its time (ns)."""
 
     asker: int
     number: int
@@ -81,16 +90,15 @@ class Mailbox:
 
     async def collect(self, own: WorkerReport, include_backend: bool) -> list[WorkerReport]:
         """Give the reports of all workers, in their order; a silent one's says that it is."""
-        self._number += 1
-        number = self._number
+        number = self._number = max(self._number + 1, time.monotonic_ns())
         others = [index for index in range(len(self._writing)) if index != self._index]
         self._answers[number], self._complete[number] = {}, {}
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PATIENCE):
-                    for index in others:
-                        ask = Ask(self._index, number, include_backend)
-                        await self._send(index, _encode(ask))
+                    ask = _encode(Ask(self._index, number, include_backend))
+                    # At once: the mailbox of one that does not read may be full.
+                    await asyncio.gather(*(self._send(index, ask) for index in others))
                     while len(self._complete[number]) < len(others):
                         self._changed.clear()
                         await self._changed.wait()
@@ -103,15 +111,25 @@ class Mailbox:
         ]
 
     def _readable(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                message = _decode(self._reading.recv(_MAX_MESSAGE_BYTES))
-                if isinstance(message, Piece):
-                    self._take(message)
-                else:
-                    task = asyncio.get_running_loop().create_task(self._answer(message))
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
+        for _ in range(_PER_TURN):
+            try:
+                received = self._reading.recv(_MAX_MESSAGE_BYTES)
+            except BlockingIOError:
+                return
+            try:
+                self._understand(received)
+            except (msgspec.MsgspecError, LookupError) as error:
+                # Nobody else can write here, so it is our own mistake. Serving goes on.
+                event(log, logging.ERROR, "worker_message_unusable", reason=str(error))
+
+    def _understand(self, received: bytes) -> None:
+        message = _decode(received)
+        if isinstance(message, Piece):
+            self._take(message)
+        elif time.monotonic_ns() - message.number < PATIENCE * 1e9:
+            task = asyncio.get_running_loop().create_task(self._answer(message))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     def _take(self, piece: Piece) -> None:
         answers = self._answers.get(piece.number)

@@ -5,13 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Mapping
 
+from dstack_mesh import reload
 from dstack_mesh.listen import ListeningSocket
+from dstack_mesh.settings.tree import Settings
 from dstack_mesh.workers.mailbox import Mailbox
+from dstack_mesh.workers.shares import Share
 
-READY, RELOADED, ALIVE = b"r", b"l", b"a"
+READY, ADOPTED, RELOADED, ALIVE = b"r", b"d", b"l", b"a"
 """What a worker tells its supervisor, behind its index, which is one byte."""
+
+LATER_HEARD = (signal.SIGHUP, signal.SIGUSR1)
+"""Signals that would end a process that has no handler for them yet."""
 
 
 class Line:
@@ -37,8 +44,12 @@ class Line:
     def reloading(self) -> None:
         """Say nothing: it was the supervisor that asked for it."""
 
+    def adopted(self) -> None:
+        """Say that the settings read again are in effect."""
+        self._say(ADOPTED)
+
     def reloaded(self) -> None:
-        """Say that the reload is over."""
+        """Say that the reload is over, whatever came of it."""
         self._say(RELOADED)
 
     def stopping(self) -> None:
@@ -63,18 +74,35 @@ class Seat:
         line: Line,
         mailbox: Mailbox,
         supervisor: int,
+        share_of: Callable[[str, Callable[[], int]], Share],
     ) -> None:
-        """`supervisor` is a descriptor that ends when the supervisor has."""
+        """`supervisor` is a descriptor that ends when the supervisor has.
+
+        `share_of` gives our share of a listener: see `Shares.of`.
+        """
         self.sockets = sockets
         self.line = line
         self.mailbox = mailbox
+        self.share_of = share_of
         self._supervisor = supervisor
 
+    def reload_part(self) -> reload.Part:
+        """Give what tells the supervisor that a reload has been put into effect."""
+
+        async def prepare(before: Settings, now: Settings) -> Callable[[], None]:
+            return self.line.adopted
+
+        return reload.Part((), prepare)
+
     def watch_supervisor(self, loop: asyncio.AbstractEventLoop, ended: Callable[[], None]) -> None:
-        """Call `ended` when the supervisor is gone, however it went: nobody would replace us."""
+        """Call `ended` when the supervisor is gone, however it went: nobody would replace us.
+
+        To be called when `LATER_HEARD` have their handlers: what came before it waits until here.
+        """
 
         def gone() -> None:
             loop.remove_reader(self._supervisor)
             ended()
 
         loop.add_reader(self._supervisor, gone)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, LATER_HEARD)
