@@ -14,9 +14,10 @@ COMPILED := $(CURDIR)/build/compiled-package
 EXECUTIONS := 1000000
 TARGETS :=
 PARTS :=
+MINUTES := 10
 FLAGS :=
 
-.PHONY: help demo test container compiled check bench fuzz fmt
+.PHONY: help demo test container compiled check bench soak fuzz fmt
 .DELETE_ON_ERROR:
 
 help:
@@ -27,6 +28,7 @@ help:
 	@echo "make check   lint and types only"
 	@echo "make bench   the races against other proxies, 12 minutes: PARTS=\"...\" for some of them,"
 	@echo "             FLAGS=\"--list\", \"--short\", \"--publish\" (see docs/performance.md)"
+	@echo "make soak    $(MINUTES) minutes of load while certificates renew: MINUTES=..., FLAGS=\"--agent-fails\""
 	@echo "make fuzz    coverage-guided fuzzing, of all targets in turn: EXECUTIONS=$(EXECUTIONS)"
 	@echo "             of each, TARGETS=\"...\" for some; CPython 3.11 to 3.13 on x86-64 Linux only"
 	@echo "make fmt     format the code"
@@ -66,6 +68,9 @@ container: $(TESTS)
 
 bench: $(TESTS)
 	$(PY) -m bench $(PARTS) $(FLAGS)
+
+soak: $(TESTS)
+	$(PY) -m bench.soak --minutes $(MINUTES) $(FLAGS)
 
 $(FUZZ): $(TESTS)
 	@tools/venv $(VENV) '.[fuzz]'

@@ -59,6 +59,14 @@ class Process:
         """Proportional set size (PSS) of all its processes: shared pages count once."""
         return sum(_pss_kb(pid) for pid in self.tree())
 
+    def open_files(self) -> int:
+        """Open file descriptors of all its processes together."""
+        return sum(len(list((_PROC / str(pid) / "fd").iterdir())) for pid in self.tree())
+
+    def threads(self) -> int:
+        """Threads of all its processes together, the kernel's tasks."""
+        return sum(len(list(_tasks(pid))) for pid in self.tree())
+
     def forget_peak(self) -> None:
         """Have the kernel note peaks of memory anew from here (proc(5), clear_refs)."""
         for pid in self.tree():

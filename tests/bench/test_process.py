@@ -3,7 +3,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from bench.process import Process, eventually, running
@@ -52,6 +54,20 @@ def test_memory_is_of_all_processes(parent: subprocess.Popen[bytes]) -> None:
 
     assert both.rss_mb() > child.rss_mb() > 1
     assert both.memory_kb() > child.memory_kb() > 500
+
+
+def test_open_files_and_threads_are_counted() -> None:
+    ours = Process([os.getpid()])
+    files, threads = ours.open_files(), ours.threads()
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    with Path(os.devnull).open():
+        found = ours.open_files(), ours.threads()
+    over.set()
+    thread.join()
+
+    assert found == (files + 1, threads + 1)
 
 
 def test_a_peak_is_forgotten() -> None:
