@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dstack_mesh import memory
-from dstack_mesh.app import _main
+from dstack_mesh.app import _alone
 from dstack_mesh.memory import Collector, let_go
 from dstack_mesh.model import TcpAddress
 from dstack_mesh.settings.load import load_settings
@@ -131,7 +131,7 @@ async def test_a_running_sidecar_has_this_policy(tmp_path: Path) -> None:
     async with mesh(tmp_path / "world") as one:
         env = {**one.app("a").env, "MESH_OUTBOUND_LISTEN": "127.0.0.1:0"}
         loaded = load_settings({}, {**env, "MESH_ADMIN_LISTEN": "127.0.0.1:0"}, None)
-        running = asyncio.create_task(_main(loaded, ready))
+        running = asyncio.create_task(_alone(loaded, ready))
         await eventually(ready.exists)
         assert gc.get_freeze_count() > 10_000
         os.kill(os.getpid(), signal.SIGTERM)
