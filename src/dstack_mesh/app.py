@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 def run(loaded: Loaded, ready_file: Path | None) -> int:
     """Run one sidecar until it is told to end; give the process's exit status."""
     lifecycle.allow_many_files()
+    memory.keep_heap()
     try:
         if loaded.settings.workers > 1:
             return _supervise(loaded, ready_file)
