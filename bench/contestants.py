@@ -15,6 +15,7 @@ from bench.race import MESH
 from bench.sidecar import python, sidecar
 
 NGINX, HAPROXY = "nginx", "HAProxy"
+UNTUNED = "nginx, own buffers"
 AUTH_REQUEST = "nginx + auth"
 """nginx and the auth service that it asks for each request: nginx mode."""
 
@@ -40,13 +41,15 @@ def outbound(made: Origin, port: int, env: dict[str, str] | None = None) -> Iter
 
 
 @contextlib.contextmanager
-def nginx_outbound(made: Origin, port: int, *, connections: int = 4096) -> Iterator[Contestant]:
+def nginx_outbound(
+    made: Origin, port: int, *, connections: int = 4096, tuned: bool = True
+) -> Iterator[Contestant]:
     """Run nginx as a client proxy to the origin at `port`."""
     listen = nginx.free_port()
-    servers = nginx.client_proxy(listen, port, made.caller)
+    servers = nginx.client_proxy(listen, port, made.caller, tuned=tuned)
     directory = made.directory / f"proxy-{listen}"
     with nginx.running(directory, servers, "subject", connections=connections) as process:
-        yield Contestant(NGINX, process, f"127.0.0.1:{listen}")
+        yield Contestant(NGINX if tuned else UNTUNED, process, f"127.0.0.1:{listen}")
 
 
 @contextlib.contextmanager
@@ -108,14 +111,14 @@ def inbound(made: Origin, env: dict[str, str] | None = None) -> Iterator[Contest
 
 @contextlib.contextmanager
 def nginx_inbound(
-    made: Origin, *, resume: bool = False, connections: int = 4096
+    made: Origin, *, resume: bool = False, connections: int = 4096, tuned: bool = True
 ) -> Iterator[Contestant]:
     """nginx, which verifies the callers' chains and checks no more."""
     listen = nginx.free_port()
-    servers = nginx.terminator(listen, made.plain, made.target, resume=resume)
+    servers = nginx.terminator(listen, made.plain, made.target, resume=resume, tuned=tuned)
     directory = made.directory / f"terminator-{listen}"
     with nginx.running(directory, servers, "subject", connections=connections) as process:
-        yield Contestant(NGINX, process, f"127.0.0.1:{listen}")
+        yield Contestant(NGINX if tuned else UNTUNED, process, f"127.0.0.1:{listen}")
 
 
 @contextlib.contextmanager

@@ -79,8 +79,9 @@ def origin(port: int, cert: Path, key: Path, root: Path) -> str:
   }}"""
 
 
-_STREAMING = """proxy_http_version 1.1; proxy_set_header Connection "";
-      proxy_set_header Host $http_host; proxy_buffering off; proxy_request_buffering off;
+_UNTUNED = """proxy_http_version 1.1; proxy_set_header Connection "";
+      proxy_set_header Host $http_host; proxy_buffering off; proxy_request_buffering off;"""
+_STREAMING = f"""{_UNTUNED}
       proxy_buffer_size 32k; proxy_buffers 4 32k; client_body_buffer_size 64k;"""
 """What both of nginx's roles have in common with the mesh: bodies are streamed, `Host` stays.
 
@@ -89,15 +90,18 @@ CPU again for large bodies, and as much for small ones.
 """
 
 
-def client_proxy(port: int, origin_port: int, files: Files) -> str:
-    """What nginx can do of the mesh's work: mTLS to one origin, its chain verified, kept alive."""
+def client_proxy(port: int, origin_port: int, files: Files, *, tuned: bool = True) -> str:
+    """What nginx can do of the mesh's work: mTLS to one origin, its chain verified, kept alive.
+
+    `tuned`: with larger buffers than its own.
+    """
     return f"""upstream origin {{
     server 127.0.0.1:{origin_port}; keepalive 512; keepalive_requests 1000000;
   }}
   server {{
     listen 127.0.0.1:{port} backlog=1024;
     location / {{
-      proxy_pass https://origin; {_STREAMING}
+      proxy_pass https://origin; {_STREAMING if tuned else _UNTUNED}
       {_proxy_tls(files, "localhost")}
     }}
   }}"""
@@ -129,7 +133,9 @@ def _proxy_tls(files: Files, name: str) -> str:
       proxy_ssl_name {name}; proxy_ssl_server_name on;"""
 
 
-def terminator(port: int, backend_port: int, files: Files, *, resume: bool = False) -> str:
+def terminator(
+    port: int, backend_port: int, files: Files, *, resume: bool = False, tuned: bool = True
+) -> str:
     """nginx as the server's side without any check of who calls: the chain is verified, no more."""
     tickets = "on" if resume else "off"
     return f"""upstream backend {{
@@ -141,7 +147,7 @@ def terminator(port: int, backend_port: int, files: Files, *, resume: bool = Fal
     ssl_client_certificate {files.root}; ssl_verify_client on; ssl_verify_depth 3;
     ssl_session_tickets {tickets};
     location / {{
-      proxy_pass http://backend; {_STREAMING}
+      proxy_pass http://backend; {_STREAMING if tuned else _UNTUNED}
       proxy_set_header x-forwarded-for $proxy_add_x_forwarded_for;
       proxy_set_header x-forwarded-proto https; proxy_set_header x-real-ip $remote_addr;
     }}

@@ -30,10 +30,17 @@ def bodies(plan: Plan) -> Found:
     rows: list[Row] = []
     size = "1m" if plan.short else "100m"
     with origin() as made:
-        with all_outbound(made, made.tls) as contestants:
-            rows += _both_ways("outbound", contestants, None, made, size, plan)
-        with inbound(made) as mesh, nginx_inbound(made) as peer:
-            rows += _both_ways("inbound", [mesh, peer], made.caller, made, size, plan)
+        with (
+            all_outbound(made, made.tls) as contestants,
+            nginx_outbound(made, made.tls, tuned=False) as untuned,
+        ):
+            rows += _both_ways("outbound", [*contestants, untuned], None, made, size, plan)
+        with (
+            inbound(made) as mesh,
+            nginx_inbound(made) as peer,
+            nginx_inbound(made, tuned=False) as untuned,
+        ):
+            rows += _both_ways("inbound", [mesh, peer, untuned], made.caller, made, size, plan)
     return Found("Large bodies", rows)
 
 

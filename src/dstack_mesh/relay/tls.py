@@ -171,9 +171,11 @@ class TlsTransport(TlsHandshake):
             for at in range(0, len(data), _RECORD_BYTES):
                 self._sslobj.write(view[at : at + _RECORD_BYTES])
                 pieces.append(self._outgoing.read())
-            self._send(b"".join(pieces))
+            self._raw.writelines(pieces)  # one call of the system, and nothing copied together
         except ssl.SSLError as error:
             self._fail(error)
+        except RuntimeError:
+            pass  # as in `_send`
 
     def close(self) -> None:
         """End the connection in order, once what was written is sent."""
