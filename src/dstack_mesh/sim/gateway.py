@@ -239,7 +239,8 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         writer.write(data)
         await writer.drain()
     if writer.can_write_eof():
-        writer.write_eof()
+        with contextlib.suppress(RuntimeError):  # uvloop, where the other end is gone already
+            writer.write_eof()
 
 
 def _self_signed(name: str) -> certs.Issued:
