@@ -201,7 +201,7 @@ async def test_they_share_the_load(site: Site) -> None:
             # Each connection here has one to the target.
             found = zip(site.workers(), before, strict=True)
             shares = [(sockets(one) - was) // 2 for one, was in found]
-            assert abs(shares[0] - shares[1]) <= len(answers) // 4, shares
+            assert min(shares) >= len(answers) // 8, shares  # how evenly, is for test_shares.py
         site.release.set()
         assert {answer.status for answer in await asyncio.gather(*answers)} == {200}
 
