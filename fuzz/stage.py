@@ -45,15 +45,18 @@ class Served:
 
     @property
     def switched(self) -> bool:
-        """Tell whether it has answered a request by a 101: what nobody asked for is no answer."""
+        """Tell whether it has answered by a 101 a request that asked for another protocol."""
         if not any(b" 101" in data for _, data in self.sent):
             return False
         sent = b"".join(data for _, data in self.sent)
         try:
-            methods = [one.first[0] for one in read_requests(self.end.received).messages]
-            return read_responses(sent, methods, offered=b"websocket").switched
+            asked = read_requests(self.end.received).messages
+            methods = [one.first[0] for one in asked]
+            answers = read_responses(sent, methods, offered=b"websocket")
         except h11.RemoteProtocolError:
             return True
+        finals = sum(one.first[0] >= b"200" for one in answers.messages)
+        return answers.switched and bool(asked[finals].named(b"upgrade"))
 
 
 class Stage:

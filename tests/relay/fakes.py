@@ -42,6 +42,9 @@ class FakeSocket:
     def setsockopt(self, *option: object) -> None:
         self.options.append(option)
 
+    def fileno(self) -> int:
+        return -1  # nothing is to be read from it
+
 
 class FakeTransport(asyncio.Transport):
     """One end of a connection. What the other end does is a method of the test's side below."""

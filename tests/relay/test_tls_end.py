@@ -6,6 +6,7 @@ import asyncio
 import socket
 import ssl
 import struct
+import threading
 
 import pytest
 from tests.identity.conftest import Kms
@@ -148,6 +149,58 @@ def test_an_alert_after_the_handshake_is_told_as_what_ended_it(kms: Kms, new_loo
         assert scene.protocol.events == ["made", "lost"]
 
     Case(kms, new_loop, server_side=False, verifying=True).run(main)
+
+
+@LOOPS
+def test_an_alert_that_a_reset_follows_is_told_though_a_write_met_the_reset(
+    kms: Kms, new_loop: NewLoop
+) -> None:
+    """Few servers wait for what a client sends them after they have refused it."""
+
+    async def main(scene: Scene) -> None:
+        refused = threading.Event()
+
+        def refuse() -> None:
+            with pytest.raises(ssl.SSLCertVerificationError):
+                scene.peer.connect()
+            scene.peer.sock.recv(1, socket.MSG_PEEK)  # the request is here, and stays unread
+            scene.peer.sock.sendall(scene.peer.goodbye())
+            scene.peer.sock.close()
+            refused.set()
+
+        refusing = asyncio.create_task(scene.peer_does(refuse))
+        await scene.open()
+        scene.ours.write(b"a request")
+        assert refused.wait(DEADLINE), "and our side has read nothing meanwhile"
+        scene.ours.write(b"its body")
+        failure = await scene.lost()
+        await refusing
+        assert isinstance(failure, ssl.SSLError)
+        assert failure.reason == "TLSV1_ALERT_UNKNOWN_CA"
+        assert scene.protocol.events == ["made", "lost"]
+
+    Case(kms, new_loop, server_side=False, verifying=True).run(main)
+
+
+@LOOPS
+@SIDES
+def test_an_answer_that_a_reset_follows_is_read_by_a_client_though_a_write_met_the_reset(
+    kms: Kms, new_loop: NewLoop, server_side: bool
+) -> None:
+    """A server would only begin what it cannot answer."""
+
+    async def main(scene: Scene) -> None:
+        await scene.meet()
+        scene.ours.write(b"never read")
+        scene.peer.sock.recv(1, socket.MSG_PEEK)
+        scene.peer.send(b"413")
+        scene.peer.sock.close()
+        scene.ours.write(b"more")
+        assert isinstance(await scene.lost(), OSError)
+        assert scene.protocol.received == (b"" if server_side else b"413")
+        assert scene.protocol.events == ["made", "lost"]
+
+    Case(kms, new_loop, server_side=server_side).run(main)
 
 
 # Our side ends it.

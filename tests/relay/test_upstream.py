@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 
 from tests.relay.fakes import FakeTransport, open_one, rig
+from tests.relay.tls_scene import tcp_pair
 
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.upstream import Upstream
@@ -53,6 +54,28 @@ async def test_the_exchange_learns_how_the_connection_ended() -> None:
         assert [sink.lost for sink in sinks] == [[(None, True)], [(error, False)]]
         assert orderly.upstream.exchange is None
         assert (broken.upstream.gone, broken.upstream.failure) == (True, error)
+        assert one.worker.upstreams == set()
+
+
+async def test_the_exchange_gets_the_answer_that_a_reset_followed() -> None:
+    """A server that refuses a body may answer, and close with the rest of it unread."""
+    async with rig() as one:
+        ours, theirs = tcp_pair()
+        upstream = Upstream(one.lane)
+        await one.worker.loop.create_connection(upstream.as_protocol, sock=ours)
+        upstream.admit(None, 0)
+        sink = upstream.exchange = Sink()
+        upstream.write(b"a request")
+        theirs.sendall(b"HTTP/1.1 413 Content Too Large\r\n\r\n")
+        theirs.close()
+        upstream.write(b"its body")
+        async with asyncio.timeout(10):
+            while not sink.lost:  # noqa: ASYNC110 - the event loop's own steps
+                await asyncio.sleep(0)
+        assert sink.data == b"HTTP/1.1 413 Content Too Large\r\n\r\n"
+        assert [(type(exc), clean) for exc, clean in sink.lost] in (
+            [[(ConnectionResetError, False)], [(BrokenPipeError, False)]]
+        )
         assert one.worker.upstreams == set()
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import cast
+import os
+from typing import Any, Final, cast
+
+_LAST_BYTES: Final = 64 * 1024
 
 
 class StreamProtocol:
@@ -38,3 +41,19 @@ class StreamProtocol:
     def resume_writing(self) -> None:
         """See `asyncio.BaseProtocol`."""
         raise NotImplementedError
+
+
+def left_unread(transport: Any, lost: Exception | None) -> bytes:
+    """Give what the peer sent before the reset that a write of ours met; to `connection_lost` only.
+
+    The kernel keeps what came before a reset, while event loops end the connection at the failed
+    write and read no more: the reason for it, a TLS alert or an early response, would never be
+    seen. Nothing of a transport that does TLS, whose plaintext this is not.
+    """
+    if not isinstance(lost, OSError) or transport.get_extra_info("ssl_object") is not None:
+        return b""
+    sock = transport.get_extra_info("socket")
+    try:
+        return os.read(sock.fileno(), _LAST_BYTES) if sock is not None else b""
+    except OSError:
+        return b""

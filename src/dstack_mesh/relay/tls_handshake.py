@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from dstack_mesh.relay.deadlines import NEVER
-from dstack_mesh.relay.stream import StreamProtocol
+from dstack_mesh.relay.stream import StreamProtocol, left_unread
 from dstack_mesh.relay.worker import Worker
 
 Wrap = Callable[[ssl.MemoryBIO, ssl.MemoryBIO], ssl.SSLObject]
@@ -85,7 +85,16 @@ class TlsHandshake(StreamProtocol):
             self._shake_hands()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell whoever still waits."""
+        """Tell whoever still waits; a client first reads what a refusal may have said."""
+        try:
+            if not self._server_side and self._state in (HANDSHAKE, OPEN):
+                last = left_unread(self._raw, exc)
+                if last:
+                    self.data_received(last)
+        finally:
+            self._lost(exc)
+
+    def _lost(self, exc: Exception | None) -> None:
         state, self._state = self._state, GONE
         self.worker.deadlines.unwatch(self)
         failure = self._failure or exc

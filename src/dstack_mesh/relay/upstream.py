@@ -10,7 +10,7 @@ from dstack_mesh.errors import MeshError
 from dstack_mesh.memory import let_go
 from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.deadlines import NEVER
-from dstack_mesh.relay.stream import StreamProtocol
+from dstack_mesh.relay.stream import StreamProtocol, left_unread
 
 if TYPE_CHECKING:
     from dstack_mesh.relay.lane import Lane
@@ -170,6 +170,15 @@ class Upstream(StreamProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the exchange, or leave the pool."""
+        try:
+            if self.exchange is not None:
+                last = left_unread(self.transport, exc)
+                if last:
+                    self.exchange.response_data(last)
+        finally:
+            self._lost(exc)
+
+    def _lost(self, exc: Exception | None) -> None:
         self.gone, self.failure = True, exc
         self.lane.forget(self)
         exchange = self.exchange

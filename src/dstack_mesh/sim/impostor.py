@@ -175,6 +175,7 @@ class Impostor:
             if not done:
                 with self._changed:
                     self.failures.append(str(error))
+                _linger(tls)
         finally:
             with self._changed:
                 self._open.discard(tls)
@@ -201,6 +202,18 @@ class Impostor:
             if (answer := self._answer(pending)) is not None:
                 pending = b""
                 tls.sendall(answer)
+
+
+def _linger(tls: ssl.SSLSocket) -> None:
+    """Read on until the client has ended its side, or the alert may not reach it.
+
+    Closing with something unread resets the connection, and whoever relays it then may drop what
+    it has not passed on yet.
+    """
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(tls, socket.SHUT_WR)  # TLS's own forgets the session
+        while socket.socket.recv(tls, _KEPT):
+            pass
 
 
 def _context(
