@@ -203,9 +203,11 @@ async def test_new_warnings_are_told_once(file: File, caplog: pytest.LogCaptureF
 
 async def test_log_level_and_format(file: File, capfd: pytest.CaptureFixture[str]) -> None:
     logs.setup("json", "error")
-    reloader = Reloader(file.load(), [log_part()], Supervisor())
-    file.write("[log]\nlevel = 'debug'\nformat = 'text'")
+    modes: list[str] = []
+    reloader = Reloader(file.load(), [log_part(modes.append)], Supervisor())
+    file.write("[log]\nlevel = 'debug'\nformat = 'text'\naccess = 'errors'")
     assert await reloader.reload()
+    assert modes == ["errors"]
     logging.getLogger("dstack_mesh.x").debug("seen")
     out = capfd.readouterr().err.splitlines()
     assert "INFO    settings_reloaded" in out[0]
@@ -265,7 +267,7 @@ async def test_the_identity_changes_with_its_files(file: File, tmp_path: Path) -
 
 
 async def test_every_setting_that_is_said_to_be_re_read_has_its_part() -> None:
-    parts = [policy_part(deciding()), identity_part(None, None), log_part()]  # type: ignore[arg-type]
+    parts = [policy_part(deciding()), identity_part(None, None), log_part(print)]  # type: ignore[arg-type]
     keys = [key for part in parts for key in part.keys]
     said = [one.key for one in SCHEMA if one.reloadable]
     assert sorted(keys) == sorted([*said, *TABLES])

@@ -18,6 +18,7 @@ from dstack_mesh.identity.store import IdentityStore
 from dstack_mesh.inbound.compiled import compile_inbound
 from dstack_mesh.log import event
 from dstack_mesh.ops import logs
+from dstack_mesh.ops.journal import Access
 from dstack_mesh.policy.current import Current
 from dstack_mesh.settings.errors import SettingsError
 from dstack_mesh.settings.load import Loaded, value_of
@@ -174,13 +175,17 @@ def identity_part(
     return Part(TLS_FILES, prepare)
 
 
-def log_part() -> Part:
-    """Set the log's format and level."""
+def log_part(set_access: Callable[[Access], None]) -> Part:
+    """Set the log's format and level, and by `set_access` which exchanges it tells of."""
 
     async def prepare(before: Settings, now: Settings) -> Callable[[], None]:
-        return lambda: logs.setup(now.log.format, now.log.level)
+        def change() -> None:
+            logs.setup(now.log.format, now.log.level)
+            set_access(now.log.access)
 
-    return Part(("log.format", "log.level"), prepare)
+        return change
+
+    return Part(("log.format", "log.level", "log.access"), prepare)
 
 
 def _files(settings: Settings) -> list[object]:

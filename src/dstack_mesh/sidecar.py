@@ -22,7 +22,7 @@ from dstack_mesh.inbound.listener import TlsListener
 from dstack_mesh.inbound.terminator import InboundOptions, Terminator
 from dstack_mesh.log import event
 from dstack_mesh.ops.admin import Admin
-from dstack_mesh.ops.journal import Journal
+from dstack_mesh.ops.journal import Access, Journal
 from dstack_mesh.ops.metrics import Metrics
 from dstack_mesh.ops.parts import Parts
 from dstack_mesh.ops.readiness import ReadinessChecks, backends_answer
@@ -159,7 +159,7 @@ class Sidecar:
                 draining=lambda: self._draining,
             ),
             bound=self.bound,
-            settings=lambda: shown_settings(settings, self.policy),
+            settings=lambda: shown_settings(settings, self.policy, self.journal),
             label_apps=settings.admin.label_apps,
         )
         return Reporter(parts)
@@ -214,8 +214,13 @@ class Sidecar:
         return (
             reload.policy_part(self.policy),
             reload.identity_part(self.identity, lambda tls: _source(tls, self._agent)),
-            reload.log_part(),
+            reload.log_part(self._set_access),
         )
+
+    def _set_access(self, access: Access) -> None:
+        self.journal.access = access
+        for service in (self._outbound, self._inbound):
+            service.on_record = self.journal.recorder
 
     def status(self) -> str:
         """Say in one line how it is, for people."""

@@ -92,6 +92,25 @@ async def test_who_may_call_changes_on_open_connections(tmp_path: Path) -> None:
         assert here.process.process.returncode is None
 
 
+async def test_the_access_log_is_turned_on_and_off_on_open_connections(tmp_path: Path) -> None:
+    async with site(tmp_path) as here, here.caller() as client:
+
+        async def ask(path: str) -> None:
+            await client.send(request(target=path))
+            await client.answer()
+
+        def told() -> list[object]:
+            return [line["path"] for line in here.events("access")]
+
+        await ask("/off")
+        for mode in ("all", "errors", "off", "all"):
+            said = await here.reload(f"[log]\naccess = '{mode}'")
+            assert said["changed"] == ["log.access"]
+            await ask(f"/{mode}")
+        await eventually(lambda: len(told()) > 1)
+        assert told() == ["/all", "/all"]
+
+
 async def test_what_cannot_change_is_named(tmp_path: Path) -> None:
     async with site(tmp_path) as here:
         await here.reload("drain_timeout = '1s'\n[tls]\nmin_version = '1.2'")

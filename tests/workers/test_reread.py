@@ -56,7 +56,7 @@ def test_what_cannot_change_while_running_stays(file: Path) -> None:
     one.adopt()
     before, now = one.started.settings, one.settings()
     assert (now.drain_timeout, now.inbound.backend) == (before.drain_timeout, None)
-    assert (now.log.access, now.log.level) == ("off", "debug")
+    assert (now.log.access, now.log.level) == ("all", "debug")
     assert [rule.name for rule in now.inbound.rules] == ["r"]
     assert now.inbound.allow != before.inbound.allow
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dstack_mesh.identity.store import IdentityStore
 from dstack_mesh.ops import report
 from dstack_mesh.ops.families import Family
+from dstack_mesh.ops.journal import Journal
 from dstack_mesh.ops.merge import most_asked
 from dstack_mesh.ops.parts import DIRECTIONS, Books, Parts, by_app, connections, read_gauges
 from dstack_mesh.policy.current import Current
@@ -62,7 +63,7 @@ class Reporter:
         )
 
 
-def shown_settings(settings: Settings, current: Current) -> dict[str, str]:
+def shown_settings(settings: Settings, current: Current, journal: Journal) -> dict[str, str]:
     """Give the settings that tell what a mesh does, for its status page."""
     inbound, policy = settings.inbound, current.policy
     return {
@@ -72,7 +73,7 @@ def shown_settings(settings: Settings, current: Current) -> dict[str, str]:
         "inbound.policy_mode": "audit" if policy.audit else "enforce",
         "inbound.rules": "none" if policy.asks_who_only else "first match",
         "outbound.agent": settings.outbound.agent,
-        "log.access": settings.log.access,
+        "log.access": journal.access,
     }
 
 

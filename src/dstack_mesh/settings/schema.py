@@ -236,6 +236,7 @@ SCHEMA: tuple[Setting, ...] = (
     Setting(
         "log.access", ("MESH_ACCESS_LOG",), _choice("off", "errors", "all"), "off",
         "The access log: one event for each exchange, for those that failed, or none.",
+        reloadable=True,
     ),
     Setting(
         "workers", ("MESH_WORKERS",),
