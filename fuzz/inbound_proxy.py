@@ -41,6 +41,13 @@ SEEDS = (
     + scene(_S, 0, b"\xfa\xfe]_")
     + scene(_C, 0, _GET)
     + scene(_S, 0, b"\xf5\xfe"),
+    # And where the 101 cannot be read.
+    scene(_C, 0, b"\xfc\xf6X-A: \xfe\r\n\r\n")
+    + scene(_S, 0, _OK)
+    + scene(_C, 0, _GET)
+    + scene(_S, 0, b"\xfa\xfe]_")
+    + scene(_C, 0, _GET)
+    + scene(_S, 0, b"HTTP/1.1 101 Switching Protocols\r\n\xf5\xfe"),
     # TLS has no half of an end: the answer breaks off with the request's close-notify.
     scene(_C, 0, _GET) + scene(_S, 0, b"\xfa\xfe_") + scene(What.CLIENT_ENDS),
     scene(_C, 0, _GET) + scene(_S, 0, _OK),

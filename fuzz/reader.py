@@ -47,11 +47,8 @@ class Read:
     """Whether the last one is a 101, and `rest` is the new protocol's."""
 
 
-def read_requests(data: bytes, *, most: int = 1000, until_upgrade: bool = False) -> Read:
-    """Read requests, one behind the other. Raises `h11.RemoteProtocolError`.
-
-    `until_upgrade`: none behind one that asks for another protocol.
-    """
+def read_requests(data: bytes, *, most: int = 1000) -> Read:
+    """Read `most` requests, one behind the other. Raises `h11.RemoteProtocolError`."""
     found = Read(rest=data)
     while found.rest and len(found.messages) < most:
         connection = h11.Connection(h11.SERVER, _LIMIT)
@@ -65,7 +62,7 @@ def read_requests(data: bytes, *, most: int = 1000, until_upgrade: bool = False)
         before = len(found.rest)
         found.rest = connection.trailing_data[0] if message.complete else b""
         found.sizes.append(before - len(found.rest))
-        if not message.complete or (until_upgrade and message.named(b"upgrade")):
+        if not message.complete:
             break
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from dataclasses import dataclass, field
 
 import h11
@@ -28,14 +30,16 @@ class Served:
     """Whether it has finished sending, in order."""
 
     _read: Read = field(default_factory=Read)
-    _read_of: tuple[int, bool] = (0, False)
+    _read_of: tuple[int, int | None] = (0, None)
 
     def requests(self) -> Read:
         """Read what it was sent; what follows a switch of protocols is no request."""
         received = self.end.received
-        now = len(received), self.switched
+        switched_by = self.switched_by()
+        now = len(received), switched_by
         if now != self._read_of:
-            self._read = read_requests(received, until_upgrade=self.switched)
+            most = 1000 if switched_by is None else switched_by + 1
+            self._read = read_requests(received, most=most)
             self._read_of = now
         return self._read
 
@@ -43,20 +47,42 @@ class Served:
         """Give what it had sent when it had been sent `offset` bytes."""
         return b"".join(data for at, data in self.sent if at <= offset)
 
-    @property
-    def switched(self) -> bool:
-        """Tell whether it has answered by a 101 a request that asked for another protocol."""
-        if not any(b" 101" in data for _, data in self.sent):
-            return False
+    def switched_by(self) -> int | None:
+        """Give the number of the request that it has answered by a 101, and that had asked for it.
+
+        A 101 that nobody asked for is no answer.
+        """
         sent = b"".join(data for _, data in self.sent)
-        try:
-            asked = read_requests(self.end.received).messages
-            methods = [one.first[0] for one in asked]
-            answers = read_responses(sent, methods, offered=b"websocket")
-        except h11.RemoteProtocolError:
-            return True
-        finals = sum(one.first[0] >= b"200" for one in answers.messages)
-        return answers.switched and bool(asked[finals].named(b"upgrade"))
+        for found in _SWITCHING.finditer(sent):
+            before = self.end.received[: self._asked_when_sent(found.end())]
+            with contextlib.suppress(h11.RemoteProtocolError):  # read in what the switch was to
+                asked = read_requests(before).messages
+                number = _answered_by_101(sent, [one.first[0] for one in asked])
+                if 0 <= number < len(asked) and asked[number].named(b"upgrade"):
+                    return number
+        return None
+
+    def _asked_when_sent(self, size: int) -> int:
+        """Give the bytes that it had been sent when it had sent `size`."""
+        total = 0
+        for at, data in self.sent:
+            total += len(data)
+            if total >= size:
+                return at
+        return 0
+
+
+_SWITCHING = re.compile(b" 101")
+
+
+def _answered_by_101(sent: bytes, methods: list[bytes]) -> int:
+    """Give the number of the request that a 101 in `sent` answers; -1: none."""
+    try:
+        answers = read_responses(sent, methods, offered=b"websocket")
+    except h11.RemoteProtocolError:
+        return len(methods) - 1  # all before were answered by what can be read
+    finals = sum(one.first[0] >= b"200" for one in answers.messages)
+    return finals if answers.switched else -1
 
 
 class Stage:
@@ -110,7 +136,7 @@ class Stage:
     def _answers(self, served: Served) -> bytes:
         """Give the marks of the request that the server now answers: the last it has got."""
         received = served.end.received
-        if served.switched:
+        if served.switched_by() is not None:
             # Of the request that switched, and of what came behind it; not of those before.
             before = sum(served.requests().sizes[:-1])
             return b"".join(sorted(marks(received[before:])))

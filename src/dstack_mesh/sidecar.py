@@ -62,6 +62,7 @@ class Sidecar:
             _source(settings.tls, self._agent),
             lifetime=settings.tls.lifetime,
             min_version=_TLS_VERSIONS[settings.tls.min_version],
+            known_root=seat.known_root if seat is not None else None,
         )
         self.directory = GatewayDirectory(
             configured=settings.dstack.gateway_domain,
@@ -166,10 +167,14 @@ class Sidecar:
 
     async def _collect(self, include_backend: bool) -> list[WorkerReport]:
         """See `Collect`."""
-        own = await self.reporter.collect(include_backend)
+        own = await self._report(include_backend)
         if self._seat is None:
             return [own]
         return await self._seat.mailbox.collect(own, include_backend)
+
+    async def _report(self, include_backend: bool) -> WorkerReport:
+        own = await self.reporter.collect(include_backend)
+        return own if self._seat is None else self._seat.books.enter(own)
 
     # Life.
 
@@ -183,7 +188,7 @@ class Sidecar:
             bind_all(settings, self._sockets)
         else:
             self._sockets.update(self._seat.sockets)
-            self._seat.mailbox.serve(self.worker.loop, self.reporter.collect)
+            self._seat.mailbox.serve(self.worker.loop, self._report)
         self._bound = bound_addresses(self._sockets)  # they outlive their sockets while draining
         self._serve("outbound", self._outbound, self._proxy)
         if settings.admin.listen is not None:

@@ -19,6 +19,7 @@ import pytest
 
 from dstack_mesh.model import TcpAddress
 from dstack_mesh.sim.backend import Backend
+from dstack_mesh.sim.kms import Kms
 from dstack_mesh.sim.messages import Request, Response
 from tests.integration.harness import Answer, Client, Mesh, eventually, mesh, problem, request
 from tests.integration.load import Counted, Load
@@ -30,6 +31,7 @@ from tests.integration.processes import (
     is_there,
     sidecar_process,
 )
+from tests.integration.test_identity_sources import Files
 from tests.integration.tls_peers import caller_context
 
 _PROMPT = 8.0
@@ -280,6 +282,52 @@ async def test_a_killed_worker_is_replaced_and_only_its_requests_are_lost(site: 
     (died,) = site.events("worker_died")
     assert (died["pid"], died["exit_status"]) == (before[0], -9)
     await site.ready()
+
+
+async def test_what_was_counted_is_never_less(site: Site) -> None:
+    """A sum that falls is a restart to Prometheus, which would count all of it once more."""
+    context = site.context()
+    told = [0]
+
+    async def look() -> None:
+        with contextlib.suppress(ConnectionError):  # of the one that was just killed
+            told.append(await site.counted("inbound"))
+
+    for round_ in range(1, 4):
+        for _ in range(20):
+            async with Client.connect(site.inbound, context) as caller:
+                await caller.send(request())
+                await caller.answer()
+        await look()
+        assert told[-1] == 20 * round_
+        victim = site.workers()[round_ % 2]
+        os.kill(victim, signal.SIGKILL)
+        while victim in site.workers() or len(site.workers()) < 2:
+            await look()
+        await look()
+    await site.ready()
+    assert await site.counted("inbound") == 60
+    assert told == sorted(told)
+
+
+async def test_a_successor_refuses_another_kms_as_its_siblings_do(tmp_path: Path) -> None:
+    files, foreign = Files(tmp_path), Kms.create()
+    async with mesh(tmp_path / "world", ["b"]) as one:
+        app_id, kms = one.app_id("b"), one.world.kms
+        files.write(kms.issue(app_id), kms.root_pem)
+        env = {**one.app("b").env, **files.env, "MESH_WORKERS": "2"}
+        async with sidecar_process(tmp_path, env) as target:
+            for pid in children(target.process.pid):
+                os.kill(pid, signal.SIGSTOP)  # or it would see the files, too
+                files.write(foreign.issue(app_id), foreign.root_pem)
+                os.kill(pid, signal.SIGKILL)
+
+            def refused() -> int:
+                return sum(line["event"] == "kms_root_changed" for line in target.log)
+
+            await eventually(lambda: refused() >= 2, 20)
+            files.write(kms.issue(app_id), kms.root_pem)
+            await eventually(lambda: len([x for x in target.log if x["event"] == "ready"]) == 4, 20)
 
 
 async def test_a_siblings_requests_go_on(site: Site) -> None:
@@ -593,6 +641,7 @@ async def test_systemd_hears_of_the_supervisor_alone(tmp_path: Path) -> None:
         environ = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "800000"}
         async with _site(tmp_path, **environ) as site:
             await until("READY=1")
+            await until(f"STATUS=ready: app {site.mesh.app_id('b')} (2 workers)")
             for _ in range(3):
                 await until("WATCHDOG=1")
             site.target.signal(signal.SIGHUP)
@@ -607,6 +656,9 @@ async def test_systemd_hears_of_the_supervisor_alone(tmp_path: Path) -> None:
             assert hear() == []
             os.kill(victim, signal.SIGCONT)
             await until("WATCHDOG=1")
+            os.kill(victim, signal.SIGKILL)
+            await eventually(lambda: any("being replaced" in line for line in hear()), 20)
+            await until(f"STATUS=ready: app {site.mesh.app_id('b')} (2 workers)")
             site.target.signal(signal.SIGTERM)
             await until("STOPPING=1")
             assert await site.target.exit_status() == 0

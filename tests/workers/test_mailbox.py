@@ -16,6 +16,7 @@ from tests.ops.reports import worker_report
 from dstack_mesh.ops.families import Family, Sample
 from dstack_mesh.ops.report import Incident, WorkerReport
 from dstack_mesh.workers import mailbox
+from dstack_mesh.workers.ledger import Ledger
 from dstack_mesh.workers.mailbox import Ask, Mailbox, Piece, socket_pairs
 
 LOOSE = 10.0
@@ -27,7 +28,10 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self.pairs = socket_pairs(count)
-        self.boxes = [Mailbox(index, self.pairs) for index in range(count)]
+        self.ledger = Ledger(count)
+        for index in range(count):
+            self.ledger.seat(index, is_taken=True)
+        self.boxes = [Mailbox(index, self.pairs, self.ledger) for index in range(count)]
         self.asked: list[tuple[int, bool]] = []
         self.own = [worker_report(pid=100 + index) for index in range(count)]
 
@@ -123,6 +127,20 @@ async def test_a_silent_one_is_waited_for_only_so_long_and_named(three: Workers)
     assert (silent.workers, silent.traffic, found[1].metrics) == (0, {}, [])
 
 
+async def test_who_is_not_there_is_not_asked_and_what_it_counted_stays(three: Workers) -> None:
+    three.serve(0, 2)
+    three.ledger.books(1).enter(worker_report(101))
+    three.ledger.seat(1, is_taken=False)
+    started = time.monotonic()
+    found = await three.collect(0)
+    assert time.monotonic() - started < mailbox.PATIENCE / 2
+    assert three.received(1) == []
+    assert [one.pid for one in found] == [100, 0, 102]
+    check = found[1].status.readiness.checks["workers"]
+    assert (check.ok, check.reason) == (False, "worker 1 is not running")
+    assert found[1].metrics == worker_report().metrics
+
+
 async def test_nobody_is_waited_for_longer_than_needed(three: Workers) -> None:
     three.serve(0, 1, 2)
     started = time.monotonic()
@@ -174,7 +192,7 @@ async def test_a_successor_does_not_ask_by_numbers_of_its_predecessor(three: Wor
     """Else pieces of answers to both could be put together."""
     numbers = []
     for _ in range(2):
-        box = Mailbox(0, three.pairs)
+        box = Mailbox(0, three.pairs, three.ledger)
         asking = asyncio.ensure_future(box.collect(three.own[0], include_backend=False))
         await asyncio.sleep(0)
         await asyncio.sleep(0.005)

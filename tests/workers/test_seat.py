@@ -13,6 +13,7 @@ import pytest
 from tests.integration.harness import eventually
 
 from dstack_mesh.settings.load import load_settings
+from dstack_mesh.workers.ledger import Ledger
 from dstack_mesh.workers.mailbox import Mailbox, socket_pairs
 from dstack_mesh.workers.seat import Line, Seat
 from dstack_mesh.workers.shares import Shares
@@ -57,14 +58,16 @@ def supervisor() -> Iterator[Supervisor]:
 @pytest.fixture
 def seat(supervisor: Supervisor) -> Iterator[Seat]:
     pairs = socket_pairs(1)
-    line = Line(supervisor.tell, 0, None)
-    yield Seat({}, line, Mailbox(0, pairs), supervisor.life, partial(Shares(1, ["admin"]).of, 0))
+    ledger = Ledger(1)
+    line = Line(supervisor.tell, 0, None, ledger)
+    share_of = partial(Shares(1, ["admin"]).of, 0)
+    yield Seat({}, line, Mailbox(0, pairs, ledger), ledger, supervisor.life, share_of)
     for sock in pairs[0]:
         sock.close()
 
 
 def test_what_the_supervisor_is_told(supervisor: Supervisor) -> None:
-    line = Line(supervisor.tell, 3, None)
+    line = Line(supervisor.tell, 3, None, Ledger(4))
     line.ready()
     assert supervisor.heard() == b"\x03r"
     line.adopted()
@@ -74,7 +77,7 @@ def test_what_the_supervisor_is_told(supervisor: Supervisor) -> None:
 
 
 def test_what_it_knows_already_is_not_said(supervisor: Supervisor) -> None:
-    line = Line(supervisor.tell, 3, None)
+    line = Line(supervisor.tell, 3, None, Ledger(4))
     line.reloading()
     line.stopping()
     line.close()
@@ -82,14 +85,14 @@ def test_what_it_knows_already_is_not_said(supervisor: Supervisor) -> None:
 
 
 async def test_no_signs_of_life_where_none_are_asked_for(supervisor: Supervisor) -> None:
-    line = Line(supervisor.tell, 0, None)
+    line = Line(supervisor.tell, 0, None, Ledger(1))
     line.start(asyncio.get_running_loop(), str)
     await asyncio.sleep(0.02)
     assert supervisor.heard() == b""
 
 
 async def test_signs_of_life_come_from_the_loop_until_the_end(supervisor: Supervisor) -> None:
-    line = Line(supervisor.tell, 63, 0.01)
+    line = Line(supervisor.tell, 63, 0.01, Ledger(64))
     line.start(asyncio.get_running_loop(), str)
     heard = b""
 
@@ -109,13 +112,29 @@ async def test_signs_of_life_come_from_the_loop_until_the_end(supervisor: Superv
 def test_a_supervisor_that_does_not_read_or_is_gone_holds_nothing_up(
     supervisor: Supervisor,
 ) -> None:
-    line = Line(supervisor.tell, 0, None)
+    line = Line(supervisor.tell, 0, None, Ledger(1))
     os.write(supervisor.tell, bytes(1 << 20))
     with pytest.raises(BlockingIOError):
         os.write(supervisor.tell, b"full")
     line.ready()
     supervisor.stop_reading()
     line.ready()
+
+
+async def test_how_it_is_is_left_for_the_supervisor(supervisor: Supervisor) -> None:
+    ledger = Ledger(1)
+    ledger.seat(0, is_taken=True)
+    line = Line(supervisor.tell, 0, 0.01, ledger)
+    how = "not ready: no certificate"
+    line.start(asyncio.get_running_loop(), lambda: how)
+    assert ledger.status() == "not ready: no certificate (1 workers)"
+    how = "ready: app a"
+    await eventually(lambda: "ready: app a" in ledger.status())
+    line.close()
+    for said, say in (("b", line.ready), ("c", line.stopping)):
+        how = said
+        say()
+        assert ledger.status() == f"{said} (1 workers)"
 
 
 async def test_the_end_of_the_supervisor_is_noticed_once(
@@ -165,7 +184,9 @@ def test_the_sockets_are_there() -> None:
         pairs = socket_pairs(1)
         share_of = partial(Shares(1, ["admin"]).of, 0)
         listeners: Any = {"admin": sock}
-        one = Seat(listeners, Line(0, 0, None), Mailbox(0, pairs), 0, share_of)
+        ledger = Ledger(1)
+        line = Line(0, 0, None, ledger)
+        one = Seat(listeners, line, Mailbox(0, pairs, ledger), ledger, 0, share_of)
         assert one.sockets["admin"] is sock
         for each in pairs[0]:
             each.close()

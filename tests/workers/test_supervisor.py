@@ -416,7 +416,7 @@ def test_the_watchdog_is_fed_while_all_give_signs_of_life(
     def alive(seat: Seat) -> int:
         seat.line.ready()
         while not (seat.sockets and (tmp_path / str(os.getpid())).exists()):
-            os.write(seat.line._descriptor, bytes([seat.line._index]) + supervisor.ALIVE)
+            os.write(seat.line._descriptor, bytes([seat.line.index]) + supervisor.ALIVE)
             time.sleep(0.02)
         (tmp_path / "stopped").touch()
         time.sleep(60)

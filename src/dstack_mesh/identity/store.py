@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from dstack_mesh.errors import IdentityUnavailable
+from dstack_mesh.identity.known_root import KnownRoot
 from dstack_mesh.identity.snapshot import Snapshot as Snapshot
 from dstack_mesh.identity.snapshot import build_snapshot as build_snapshot
 from dstack_mesh.identity.source import SourceError
@@ -46,9 +47,10 @@ _CLOCK_TOLERANCE = 60.0
 class IdentityStore:
     """Holds the snapshot in use. `run` keeps it current; the last good one stays until it expires.
 
-    `lifetime` is in seconds. `clock` (seconds since 1970), `random` (0 to 1) and `sleep` are for
-    tests. A source with a method `changed` (files) is read again when that is true; any other is
-    asked again when the snapshot is due.
+    `lifetime` is in seconds. `known_root` is shared by processes that are one mesh. `clock`
+    (seconds since 1970), `random` (0 to 1) and `sleep` are for tests. A source with a method
+    `changed` (files) is read again when that is true; any other is asked again when the snapshot
+    is due.
     """
 
     reason: str | None
@@ -66,6 +68,7 @@ class IdentityStore:
         *,
         lifetime: float,
         min_version: ssl.TLSVersion,
+        known_root: KnownRoot | None = None,
         clock: Callable[[], float] = time.time,
         random: Callable[[], float] = random_module.random,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -77,6 +80,7 @@ class IdentityStore:
         self._changed: Callable[[], bool] | None = getattr(source, "changed", None)
         self._lifetime = lifetime
         self._min_version = min_version
+        self._known_root = known_root or KnownRoot()
         self._clock = clock
         self._random = random
         self._sleep = sleep
@@ -186,16 +190,16 @@ class IdentityStore:
 
     def _check_root(self, new: Snapshot, source: CredentialSource) -> None:
         """Refuse another KMS: all peers verified so far were members of the one we know."""
-        old = self._current
-        if old is None or new.root_spki == old.root_spki:
+        known, found = self._known_root.digest(), _digest(new)
+        if known in (b"", found):
             return
         event(
             logger,
             logging.ERROR,
             "kms_root_changed",
             source=source.description,
-            known_root_key_sha256=hashlib.sha256(old.root_spki).hexdigest(),
-            refused_root_key_sha256=hashlib.sha256(new.root_spki).hexdigest(),
+            known_root_key_sha256=known.hex(),
+            refused_root_key_sha256=found.hex(),
         )
         raise SourceError(
             f"{source.description} now gives a chain under another KMS root key, which is "
@@ -203,6 +207,7 @@ class IdentityStore:
         )
 
     def _publish(self, snapshot: Snapshot) -> None:
+        self._known_root.learn(_digest(snapshot))
         self._current = snapshot
         self.reason = None
         self.fetched += 1
@@ -276,6 +281,10 @@ class IdentityStore:
             generation=snapshot.generation,
             reason=self.reason,
         )
+
+
+def _digest(snapshot: Snapshot) -> bytes:
+    return hashlib.sha256(snapshot.root_spki).digest()
 
 
 def _iso(seconds: float) -> str:

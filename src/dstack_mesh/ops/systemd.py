@@ -70,7 +70,7 @@ class Notifier:
         if self._address is None:
             return
         self._loop = loop
-        self._status = status
+        self.describe_by(status)
         self._pulse()
 
     def ready(self) -> None:
@@ -93,6 +93,14 @@ class Notifier:
         self._send("STOPPING=1", *self._new_status())
 
     @property
+    def pulse(self) -> float | None:
+        """Seconds at most between two looks at how we are; None: nobody is to be told."""
+        if self._address is None:
+            return None
+        # Half the interval, as sd_watchdog_enabled(3) advises.
+        return min(PULSE, self._watchdog / 2) if self._watchdog is not None else PULSE
+
+    @property
     def watchdog(self) -> float | None:
         """Seconds without `beat` after which systemd takes us for dead; None: it does not look."""
         return self._watchdog
@@ -100,6 +108,14 @@ class Notifier:
     def beat(self) -> None:
         """Say that we are alive, where `start` does not: where there is no event loop."""
         self._send("WATCHDOG=1")
+
+    def describe_by(self, status: Callable[[], str]) -> None:
+        """Have `status` asked for the line of status, from now on."""
+        self._status = status
+
+    def describe(self) -> None:
+        """Say how we are where that has changed; for where there is no event loop."""
+        self._send(*self._new_status())
 
     def close(self) -> None:
         """Say nothing any more."""
@@ -114,9 +130,8 @@ class Notifier:
         if self._watchdog is not None:
             lines.append("WATCHDOG=1")
         self._send(*lines)
-        # Half the interval, as sd_watchdog_enabled(3) advises.
-        pause = min(PULSE, self._watchdog / 2) if self._watchdog is not None else PULSE
-        if self._loop is not None:
+        pause = self.pulse
+        if self._loop is not None and pause is not None:
             self._timer = self._loop.call_later(pause, self._pulse)
 
     def _new_status(self) -> list[str]:

@@ -19,6 +19,7 @@ import msgspec
 
 from dstack_mesh.log import event
 from dstack_mesh.ops.report import Check, Readiness, WorkerReport
+from dstack_mesh.workers.ledger import Ledger
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +73,11 @@ def socket_pairs(count: int) -> list[tuple[socket.socket, socket.socket]]:
 class Mailbox:
     """The mailbox of the worker `index` of as many as there are `pairs`."""
 
-    def __init__(self, index: int, pairs: Sequence[tuple[socket.socket, socket.socket]]) -> None:
+    def __init__(
+        self, index: int, pairs: Sequence[tuple[socket.socket, socket.socket]], ledger: Ledger
+    ) -> None:
         self._index = index
+        self._ledger = ledger
         self._reading = pairs[index][0]
         self._writing = [writing for _, writing in pairs]
         self._number = 0
@@ -89,9 +93,16 @@ class Mailbox:
         loop.add_reader(self._reading, self._readable)
 
     async def collect(self, own: WorkerReport, include_backend: bool) -> list[WorkerReport]:
-        """Give the reports of all workers, in their order; a silent one's says that it is."""
+        """Give the reports of all workers, in their order.
+
+        One that is silent or not there has what was counted in its place, and what is amiss.
+        """
         number = self._number = max(self._number + 1, time.monotonic_ns())
-        others = [index for index in range(len(self._writing)) if index != self._index]
+        others = [
+            index
+            for index in range(len(self._writing))
+            if index != self._index and self._ledger.is_seated(index)
+        ]
         self._answers[number], self._complete[number] = {}, {}
         try:
             with contextlib.suppress(TimeoutError):
@@ -106,7 +117,7 @@ class Mailbox:
         finally:
             del self._answers[number], self._complete[number]
         return [
-            found[index] if index in found else _silent(own, index)
+            found[index] if index in found else self._silent(own, index)
             for index in range(len(self._writing))
         ]
 
@@ -160,19 +171,18 @@ class Mailbox:
             else:
                 return
 
-
-def _silent(own: WorkerReport, index: int) -> WorkerReport:
-    """Give what there is to say of a worker that says nothing."""
-    check = Check(ok=False, reason=f"worker {index} does not answer")
-    readiness = Readiness(ready=False, checks={"workers": check})
-    status = msgspec.structs.replace(
-        own.status,
-        workers=0,
-        readiness=readiness,
-        traffic={},
-        decisions={},
-        targets=[],
-        callers=[],
-        incidents=[],
-    )
-    return WorkerReport(pid=0, metrics=[], status=status)
+    def _silent(self, own: WorkerReport, index: int) -> WorkerReport:
+        """Give what there is to say of a worker that says nothing."""
+        how = "does not answer" if self._ledger.is_seated(index) else "is not running"
+        check = Check(ok=False, reason=f"worker {index} {how}")
+        status = msgspec.structs.replace(
+            own.status,
+            workers=0,
+            readiness=Readiness(ready=False, checks={"workers": check}),
+            traffic={},
+            decisions={},
+            targets=[],
+            callers=[],
+            incidents=[],
+        )
+        return WorkerReport(pid=0, metrics=self._ledger.counted(index), status=status)

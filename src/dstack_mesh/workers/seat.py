@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dstack_mesh import reload
 from dstack_mesh.listen import ListeningSocket
 from dstack_mesh.settings.tree import Settings
+from dstack_mesh.workers.ledger import Ledger
 from dstack_mesh.workers.mailbox import Mailbox
 from dstack_mesh.workers.shares import Share
 
@@ -24,21 +25,26 @@ LATER_HEARD = (signal.SIGHUP, signal.SIGUSR1)
 class Line:
     """Tells the supervisor how the worker is, as `ops.systemd.Notifier` tells systemd."""
 
-    def __init__(self, descriptor: int, index: int, pulse: float | None) -> None:
+    def __init__(self, descriptor: int, index: int, pulse: float | None, ledger: Ledger) -> None:
         """`pulse` is the time in seconds between signs of life; None: none are asked for."""
         self._descriptor = descriptor
-        self._index = index
+        self.index = index
         self._pulse_every = pulse
+        self._ledger = ledger
+        self._status: Callable[[], str] = str
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop, status: Callable[[], str]) -> None:
-        """Give signs of life from `loop`, so that its standstill shows."""
+        """Give signs of life from `loop`, so that its standstill shows, and `status` with each."""
+        self._status = status
         if self._pulse_every is not None:
+            self._describe()
             self._say(ALIVE)
             self._timer = loop.call_later(self._pulse_every, self.start, loop, status)
 
     def ready(self) -> None:
         """Say that every listener is open."""
+        self._describe()
         self._say(READY)
 
     def reloading(self) -> None:
@@ -53,16 +59,20 @@ class Line:
         self._say(RELOADED)
 
     def stopping(self) -> None:
-        """Say nothing: the supervisor knows."""
+        """Say nothing but how it is: that it is to end the supervisor knows."""
+        self._describe()
 
     def close(self) -> None:
         """Give no more signs."""
         if self._timer is not None:
             self._timer.cancel()
 
+    def _describe(self) -> None:
+        self._ledger.describe(self.index, self._status())
+
     def _say(self, what: bytes) -> None:
         with contextlib.suppress(OSError):  # it is gone, or has not read for long: serving goes on
-            os.write(self._descriptor, bytes([self._index]) + what)
+            os.write(self._descriptor, bytes([self.index]) + what)
 
 
 class Seat:
@@ -73,6 +83,7 @@ class Seat:
         sockets: Mapping[str, ListeningSocket],
         line: Line,
         mailbox: Mailbox,
+        ledger: Ledger,
         supervisor: int,
         share_of: Callable[[str, Callable[[], int]], Share],
     ) -> None:
@@ -83,6 +94,8 @@ class Seat:
         self.sockets = sockets
         self.line = line
         self.mailbox = mailbox
+        self.books = ledger.books(line.index)
+        self.known_root = ledger.root
         self.share_of = share_of
         self._supervisor = supervisor
 

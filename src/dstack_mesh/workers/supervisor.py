@@ -22,6 +22,7 @@ from dstack_mesh.listen import ListeningSocket
 from dstack_mesh.log import event
 from dstack_mesh.ops.systemd import Notifier
 from dstack_mesh.settings.tree import Settings
+from dstack_mesh.workers.ledger import Ledger
 from dstack_mesh.workers.mailbox import Mailbox, socket_pairs
 from dstack_mesh.workers.reread import Reread
 from dstack_mesh.workers.seat import ADOPTED, ALIVE, LATER_HEARD, READY, RELOADED, Line, Seat
@@ -91,6 +92,8 @@ class Supervisor:
         self._workers = [_Worker(index) for index in range(settings.workers)]
         self._pairs = socket_pairs(settings.workers)
         self._shares = Shares(settings.workers, list(sockets))
+        self._ledger = Ledger(settings.workers)
+        notifier.describe_by(self._ledger.status)
         self._told, self._tell = os.pipe()
         self._life, self._our_life = os.pipe()
         self._wake, self._wake_up = os.pipe()
@@ -141,11 +144,13 @@ class Supervisor:
         one.ready, one.reloaded = False, True
         # Until the child has handlers of its own it would take signals for ours.
         signal.pthread_sigmask(signal.SIG_BLOCK, _CAUGHT)
+        self._ledger.seat(one.index, is_taken=True)
         try:
             one.pid = os.fork()
             if one.pid == 0:
                 self._be_worker(one.index)
         except OSError as error:
+            self._ledger.seat(one.index, is_taken=False)
             one.later(now)
             reason, pause = error.strerror or str(error), one.pause
             fields = {"worker": one.index, "reason": reason, "retry_seconds": pause}
@@ -171,11 +176,11 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_CAUGHT} - {*LATER_HEARD})
             for descriptor in (self._told, self._our_life, self._wake, self._wake_up):
                 os.close(descriptor)
-            pulse = self._notifier.watchdog
-            line = Line(self._tell, index, pulse / 4 if pulse is not None else None)
-            mailbox = Mailbox(index, self._pairs)
+            pulse = self._notifier.pulse
+            line = Line(self._tell, index, pulse / 2 if pulse else None, self._ledger)
+            mailbox = Mailbox(index, self._pairs, self._ledger)
             share_of = functools.partial(self._shares.of, index)
-            seat = Seat(self._sockets, line, mailbox, self._life, share_of)
+            seat = Seat(self._sockets, line, mailbox, self._ledger, self._life, share_of)
             status = self._work(seat)
         except BaseException as error:
             event(log, logging.ERROR, "worker_failed", worker=index, error=repr(error))
@@ -192,6 +197,7 @@ class Supervisor:
             now = time.monotonic()
             one.pid, one.reloaded = 0, True
             self._shares.clear(one.index)
+            self._ledger.seat(one.index, is_taken=False)
             if self._exit_status is not None:
                 continue
             if now - one.started < STEADY:
@@ -225,8 +231,10 @@ class Supervisor:
             elif what == RELOADED:
                 one.reloaded = True
                 self._perhaps_reloaded()
-            elif what == ALIVE and self._all_alive():
-                self._notifier.beat()
+            elif what == ALIVE:
+                self._notifier.describe()
+                if self._all_alive():
+                    self._notifier.beat()
 
     def _perhaps_ready(self) -> None:
         if self._is_ready or not all(one.ready for one in self._workers):
