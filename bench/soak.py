@@ -33,6 +33,9 @@ from dstack_mesh.sim.world import World, WorldError
 GROWTH = 1024.0
 """KB a minute, of one sidecar, from which on memory counts as growing."""
 
+RISE = 10.0
+"""Open files, threads or tasks more in the last quarter than in the second: they pile up."""
+
 JUDGED_SECONDS = 60.0
 """A second half that is shorter tells nothing of memory: one page more would look like a leak."""
 
@@ -62,6 +65,7 @@ class Sample:
     rss_kb: float
     files: int
     threads: int
+    tasks: int
 
 
 @dataclass
@@ -86,6 +90,17 @@ class Side:
         half = self._second_half()
         return half[-1].seconds - half[0].seconds >= JUDGED_SECONDS and self.slope() > GROWTH
 
+    def rise(self, what: str) -> float:
+        """Give by how much the usual number of files, threads or tasks is more at the end."""
+        quarter = max(1, len(self.samples) // 4)
+        early, late = self.samples[quarter : 2 * quarter], self.samples[-quarter:]
+        if not early:
+            return 0.0
+        return float(
+            statistics.median(getattr(sample, what) for sample in late)
+            - statistics.median(getattr(sample, what) for sample in early)
+        )
+
     def _second_half(self) -> list[Sample]:
         return self.samples[len(self.samples) // 2 :]
 
@@ -100,6 +115,9 @@ class Side:
             "files_end": last.files,
             "threads_start": first.threads,
             "threads_end": last.threads,
+            "tasks_start": first.tasks,
+            "tasks_end": last.tasks,
+            "tasks_most": max(sample.tasks for sample in self.samples),
         }
 
 
@@ -115,6 +133,11 @@ def problems(plan: Plan, counts: Counts, sides: dict[str, Side]) -> list[str]:
     for name, side in sides.items():
         if side.grows():
             found.append(f"memory of {name} grows by {side.slope():.0f} KB a minute")
+        found += [
+            f"{what} of {name} rise by {side.rise(what):.0f}"
+            for what in ("files", "threads", "tasks")
+            if side.rise(what) > RISE
+        ]
         if plan.seconds > plan.lifetime and not side.renewals["ok"]:
             found.append(f"{name} renewed nothing: the run shows nothing")
         if plan.seconds > plan.lifetime and plan.agent_fails and not side.renewals["failed"]:
@@ -165,7 +188,7 @@ async def _loaded(
         sampling = group.create_task(_sample(plan, running, sides, load.counts))
         await load.run(plan.seconds)
         sampling.cancel()
-    _take(time.monotonic(), running, sides)
+    await _take(time.monotonic(), running, sides)
     for name, one in running.items():
         after = await asyncio.to_thread(_renewals, one)
         sides[name].renewals = {result: after[result] - before[name][result] for result in after}
@@ -180,7 +203,7 @@ async def _sample(
     while True:
         for _ in range(_TELL_EVERY):
             await asyncio.sleep(pause)
-            _take(time.monotonic(), running, sides)
+            await _take(time.monotonic(), running, sides)
         memory = ", ".join(
             f"{name} {side.samples[-1].rss_kb:.0f} KB" for name, side in sides.items()
         )
@@ -191,11 +214,12 @@ async def _sample(
         )
 
 
-def _take(now: float, running: dict[str, Process], sides: dict[str, Side]) -> None:
+async def _take(now: float, running: dict[str, Process], sides: dict[str, Side]) -> None:
     for name, one in running.items():
         try:
-            sample = Sample(now, one.rss_mb() * 1024, one.open_files(), one.threads())
-        except (OSError, LookupError):
+            tasks = json.loads((await asyncio.to_thread(_asked, one, "/status"))[1])["tasks"]
+            sample = Sample(now, one.rss_mb() * 1024, one.open_files(), one.threads(), tasks)
+        except (OSError, LookupError, http.client.HTTPException):
             raise RuntimeError(f"the sidecar of {name} ended in the middle of the run") from None
         sides[name].samples.append(sample)
 

@@ -36,6 +36,7 @@ def test_a_mesh_under_load_renews_and_loses_nothing() -> None:
         assert side["renewals"]["ok"] >= 3
         assert side["rss_end_kb"] > 10_000
         assert 10 < side["files_end"] < 100
+        assert 2 < side["tasks_end"] <= side["tasks_most"] < 50
 
 
 @pytest.fixture
@@ -114,14 +115,18 @@ async def test_every_second_call_for_a_certificate_fails_and_no_other(tmp_path: 
         await client.aclose()
 
 
-def side(kb_a_minute: float, minutes: float = 10) -> Side:
-    """Memory that rises fast, and after a third of the time by so much."""
+def side(kb_a_minute: float, minutes: float = 10, piling: float = 0) -> Side:
+    """Memory that rises fast, and after a third of the time by so much.
+
+    `piling`: files and tasks more in each of 120 samples.
+    """
     samples = []
     for number in range(121):
         seconds = number / 120 * minutes * 60
         after = max(0.0, seconds / 60 - minutes / 3)
         rss = 40_000 + 100 * min(number, 40) + after * kb_a_minute
-        samples.append(Sample(seconds, rss, 20, 5))
+        more = round(number * piling)
+        samples.append(Sample(seconds, rss, 20 + more, 5, 4 + more))
     return Side(samples, {"ok": 9, "failed": 9})
 
 
@@ -140,6 +145,8 @@ BAD = Counts(requests=1_000, failures=2, drops=1, echoes=9, events=9, reasons=["
         (FINE, side(1_000), []),
         (FINE, side(1_100), ["memory of a grows by 1100 KB a minute"]),
         (FINE, side(9_000, minutes=1), []),
+        (FINE, side(0, piling=0.1), []),
+        (FINE, side(0, piling=0.2), ["files of a rise by 12", "tasks of a rise by 12"]),
         (BAD, side(0), ["2 failures, the first: GET: why", "1 connections dropped"]),
         (Counts(requests=1_000, echoes=9), side(0), ["a part of the load did nothing"]),
         (

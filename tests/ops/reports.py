@@ -35,6 +35,7 @@ def status(**changes: object) -> Status:
         "now": 1000.0,
         "started_at": 900.0,
         "workers": 1,
+        "tasks": 4,
         "readiness": Readiness(True, {"identity": Check(True, "app a")}),
         "identity": Identity("the guest agent", None, 1, 0, "aa" * 20, 1, 900.0, 950.0, 2000.0),
         "gateway": Gateway("apps.example", False, None),

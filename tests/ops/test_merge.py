@@ -30,7 +30,7 @@ def test_numbers_add_up() -> None:
     found = merge_reports([worker_report(1), worker_report(2), worker_report(3)])
     assert found.pid == 1
     assert found.metrics[0].samples == [Sample("", {}, 15)]
-    assert found.status.workers == 3
+    assert (found.status.workers, found.status.tasks) == (3, 12)
     assert found.status.decisions == {"allow": 6}
     outbound = found.status.traffic["outbound"]
     assert (outbound.requests, outbound.errors) == (12, {"tls_failed": 3})

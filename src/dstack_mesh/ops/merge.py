@@ -45,6 +45,7 @@ def _merge_status(all_: Sequence[Status]) -> Status:
         now=max(one.now for one in all_),
         started_at=min(one.started_at for one in all_),
         workers=sum(one.workers for one in all_),
+        tasks=sum(one.tasks for one in all_),
         readiness=merge_readiness([one.readiness for one in all_]),
         identity=_merge_identity([one.identity for one in all_]),
         gateway=next((one.gateway for one in all_ if one.gateway.problem), first.gateway),

@@ -113,6 +113,8 @@ class Status(msgspec.Struct, frozen=True):
     now: float
     started_at: float
     workers: int
+    tasks: int
+    """asyncio's tasks: a few that last, and one for whatever cannot be answered at once."""
     readiness: Readiness
     identity: Identity
     gateway: Gateway

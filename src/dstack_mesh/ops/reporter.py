@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -45,6 +46,7 @@ class Reporter:
             now=parts.clock(),
             started_at=self._started_at,
             workers=1,
+            tasks=len(asyncio.all_tasks()),
             readiness=readiness,
             identity=_identity(parts.identity),
             gateway=report.Gateway(

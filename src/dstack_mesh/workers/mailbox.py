@@ -178,6 +178,7 @@ class Mailbox:
         status = msgspec.structs.replace(
             own.status,
             workers=0,
+            tasks=0,
             readiness=Readiness(ready=False, checks={"workers": check}),
             traffic={},
             decisions={},
