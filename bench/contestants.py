@@ -16,6 +16,9 @@ from bench.sidecar import python, sidecar
 
 NGINX, HAPROXY = "nginx", "HAProxy"
 UNTUNED = "nginx, own buffers"
+NO_TICKETS = "nginx, no tickets"
+"""Whose callers cannot resume their sessions."""
+
 AUTH_REQUEST = "nginx + auth"
 """nginx and the auth service that it asks for each request: nginx mode."""
 
@@ -111,14 +114,18 @@ def inbound(made: Origin, env: dict[str, str] | None = None) -> Iterator[Contest
 
 @contextlib.contextmanager
 def nginx_inbound(
-    made: Origin, *, resume: bool = False, connections: int = 4096, tuned: bool = True
+    made: Origin, *, tickets: bool = True, connections: int = 4096, tuned: bool = True
 ) -> Iterator[Contestant]:
-    """nginx, which verifies the callers' chains and checks no more."""
+    """nginx, which verifies the callers' chains and checks no more.
+
+    By default it gives each caller two tickets, by which sessions are resumed; the mesh gives one.
+    """
     listen = nginx.free_port()
-    servers = nginx.terminator(listen, made.plain, made.target, resume=resume, tuned=tuned)
+    servers = nginx.terminator(listen, made.plain, made.target, tickets=tickets, tuned=tuned)
     directory = made.directory / f"terminator-{listen}"
     with nginx.running(directory, servers, "subject", connections=connections) as process:
-        yield Contestant(NGINX if tuned else UNTUNED, process, f"127.0.0.1:{listen}")
+        name = NGINX if tickets else NO_TICKETS
+        yield Contestant(name if tuned else UNTUNED, process, f"127.0.0.1:{listen}")
 
 
 @contextlib.contextmanager

@@ -134,10 +134,9 @@ def _proxy_tls(files: Files, name: str) -> str:
 
 
 def terminator(
-    port: int, backend_port: int, files: Files, *, resume: bool = False, tuned: bool = True
+    port: int, backend_port: int, files: Files, *, tickets: bool = True, tuned: bool = True
 ) -> str:
     """nginx as the server's side without any check of who calls: the chain is verified, no more."""
-    tickets = "on" if resume else "off"
     return f"""upstream backend {{
     server 127.0.0.1:{backend_port}; keepalive 512; keepalive_requests 1000000;
   }}
@@ -145,7 +144,7 @@ def terminator(
     listen 127.0.0.1:{port} ssl backlog=1024; ssl_protocols TLSv1.3;
     ssl_certificate {files.cert}; ssl_certificate_key {files.key};
     ssl_client_certificate {files.root}; ssl_verify_client on; ssl_verify_depth 3;
-    ssl_session_tickets {tickets};
+    ssl_session_tickets {"on" if tickets else "off"};
     location / {{
       proxy_pass http://backend; {_STREAMING if tuned else _UNTUNED}
       proxy_set_header x-forwarded-for $proxy_add_x_forwarded_for;

@@ -82,15 +82,19 @@ def latency(plan: Plan) -> Found:
 def new_connections(plan: Plan) -> Found:
     """Each connection carries one small GET, which is counted with it."""
     rows: list[Row] = []
-    with origin() as made:
-        for scenario, resume in (("full handshake", False), ("session offered", True)):
-            with inbound(made) as mesh, nginx_inbound(made, resume=resume) as peer:
-                rows += _new(scenario, [mesh, peer], made, plan, resume)
+    with (
+        origin() as made,
+        inbound(made) as mesh,
+        nginx_inbound(made) as peer,
+        nginx_inbound(made, tickets=False) as without,
+    ):
+        rows += _new("full handshake", [mesh, peer, without], made, plan, resume=False)
+        rows += _new("session offered", [mesh, peer], made, plan, resume=True)
     return Found("Inbound, new connections", rows)
 
 
 def _new(
-    scenario: str, contestants: Sequence[Contestant], made: Origin, plan: Plan, resume: bool
+    scenario: str, contestants: Sequence[Contestant], made: Origin, plan: Plan, *, resume: bool
 ) -> list[Row]:
     with contextlib.ExitStack() as stack:
 

@@ -15,12 +15,26 @@ PEERS = VerifiedPeers(b"", clock=lambda: 1_000.0)
 
 
 class FakeTls:
+    """A connection's TLS; each look at its session is one copy more."""
+
     def __init__(
-        self, leaf: bytes | None = b"leaf", *, ticket: bool = True, version: str = "TLSv1.3"
+        self,
+        leaf: bytes | None = b"leaf",
+        *,
+        ticket: bool = True,
+        version: str = "TLSv1.3",
+        reused: bool = False,
     ) -> None:
         self.leaf = leaf
-        self.session: Any = SimpleNamespace(has_ticket=ticket)
+        self.copies: list[Any] = []
+        self.session_reused = reused
+        self._ticket = ticket
         self._version = version
+
+    @property
+    def session(self) -> Any:
+        self.copies.append(SimpleNamespace(has_ticket=self._ticket, ticket_lifetime_hint=600))
+        return self.copies[-1]
 
     def version(self) -> str:
         return self._version
@@ -35,8 +49,19 @@ def connection(tls: FakeTls | None, peer: PeerIdentity | None = PEER, generation
     return SimpleNamespace(transport=transport, peer=peer, generation=generation)
 
 
+class Clock:
+    now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def sessions_at(clock: Clock | None = None) -> KnownSessions:
+    return KnownSessions(clock or Clock())
+
+
 def offered(upstream: Any, generation: int = 1) -> KnownSession | None:
-    sessions = KnownSessions()
+    sessions = sessions_at()
     sessions.opened(upstream)
     return sessions.offer(generation)
 
@@ -45,12 +70,12 @@ def test_the_session_of_an_open_connection_is_offered_with_whom_it_was_made() ->
     tls = FakeTls()
     known = offered(connection(tls))
     assert known is not None
-    assert known.session is tls.session
+    assert [known.session] == tls.copies
     assert known.identify(FakeTls(), PEERS) is PEER
 
 
 def test_the_session_of_a_connection_outlives_it_and_holds_nothing_of_it() -> None:
-    sessions, upstream = KnownSessions(), connection(FakeTls())
+    sessions, upstream = sessions_at(), connection(FakeTls())
     assert sessions.offer(1) is None
     sessions.opened(upstream)
     sessions.ended(connection(FakeTls(b"another")))
@@ -96,7 +121,98 @@ def test_what_cannot_be_resumed_is_not_offered(upstream: Any) -> None:
 
 
 def test_after_a_failure_the_next_handshake_is_a_full_one() -> None:
-    sessions = KnownSessions()
+    sessions = sessions_at()
     sessions.opened(connection(FakeTls()))
+    assert sessions.offer(1) is not None
     sessions.clear()
+    assert sessions.offer(1) is None
+    sessions.opened(connection(FakeTls()))
+    assert sessions.offer(1) is not None, "and its session is taken"
+
+
+def test_a_session_is_copied_once_in_half_of_its_time() -> None:
+    clock = Clock()
+    sessions = sessions_at(clock)
+    first = FakeTls()
+    sessions.opened(connection(first))
+    known = sessions.offer(1)
+    assert known is not None
+    for _ in range(3):
+        resumed = FakeTls(reused=True)
+        upstream = connection(resumed)
+        sessions.opened(upstream)
+        sessions.ended(upstream)
+        assert sessions.offer(1) is known
+        assert (len(first.copies), resumed.copies) == (1, [])
+    clock.now += 300
+    later = FakeTls(reused=True)
+    sessions.opened(connection(later))
+    renewed = sessions.offer(1)
+    assert renewed is not None
+    assert [renewed.session] == later.copies
+    assert renewed.identify(FakeTls(), PEERS) is PEER
+
+
+def test_a_session_that_the_target_does_not_take_is_forgotten() -> None:
+    sessions = sessions_at()
+    sessions.opened(connection(FakeTls()))
+    refused = sessions.offer(1)
+    sessions.opened(connection(FakeTls(ticket=False)))
+    assert refused is not None
+    assert sessions.offer(1) is None
+    sessions.opened(connection(FakeTls(b"new leaf")))
+    known = sessions.offer(1)
+    assert known is not None
+    with pytest.raises(ChainRuleBroken, match="another certificate"):
+        known.identify(FakeTls(), PEERS)
+
+
+def test_another_identity_of_ours_has_a_session_of_its_own() -> None:
+    sessions = sessions_at()
+    sessions.opened(connection(FakeTls()))
+    assert sessions.offer(1) is not None
+    assert sessions.offer(2) is None
+    sessions.opened(connection(FakeTls(), generation=2))
+    assert sessions.offer(2) is not None
+
+
+def test_a_target_without_tickets_is_left_alone_for_a_while() -> None:
+    clock = Clock()
+    sessions = sessions_at(clock)
+
+    def connect(*, ticket: bool) -> int:
+        """Give how often the session was looked at."""
+        tls = FakeTls(ticket=ticket)
+        upstream = connection(tls)
+        sessions.opened(upstream)
+        sessions.ended(upstream)
+        return len(tls.copies)
+
+    assert connect(ticket=False) == 1
+    assert connect(ticket=True) == 0
+    assert sessions.offer(1) is None
+    clock.now += 30
+    assert connect(ticket=True) == 1
+    assert sessions.offer(1) is not None
+
+
+def test_a_ticket_that_has_not_come_yet_is_waited_for() -> None:
+    sessions = sessions_at()
+    tls = FakeTls(ticket=False)
+    upstream = connection(tls)
+    sessions.opened(upstream)
+    assert sessions.offer(1) is None, "asked for while the connection is open"
+    tls._ticket = True
+    sessions.ended(upstream)
+    assert sessions.offer(1) is not None
+
+
+def test_a_session_is_not_offered_once_its_peers_chain_has_expired() -> None:
+    """It would be refused, and a request with it; a full handshake shows the chain of today."""
+    clock = Clock()
+    sessions = sessions_at(clock)
+    sessions.opened(connection(FakeTls()))
+    assert sessions.offer(1) is not None
+    clock.now = PEER.not_after
+    sessions._latest = None
     assert sessions.offer(1) is None

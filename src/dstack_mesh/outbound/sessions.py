@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ssl
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, Final
 
 from dstack_mesh.identity.chain import ChainRuleBroken
 from dstack_mesh.identity.peers import VerifiedPeers, leaf_digest
 from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.upstream import Upstream
+
+_WITHOUT_TICKETS: Final = 30.0
+"""Seconds for which a target is not looked at for tickets after a connection that brought none."""
 
 
 class KnownSession:
@@ -36,13 +41,21 @@ class KnownSession:
 
 
 class KnownSessions:
-    """The session of one connector: that of the connection opened last."""
+    """The session that a connector offers, of one of its connections.
 
-    __slots__ = ("_known", "_latest")
+    Python gives no session but as a copy, which costs 0.2 ms. So one is used again (RFC 8446 C.4
+    would have a new one each time, lest who listens connects the connections: they are from one
+    address to one name anyway), and a target that gives no tickets is left alone for a while.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_clock", "_known", "_latest", "_look_again")
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        """`clock` gives seconds since 1970."""
+        self._clock = clock
         self._latest: Upstream | None = None
         self._known: KnownSession | None = None
+        self._look_again = 0.0
 
     def offer(self, generation: int) -> KnownSession | None:
         """Give a session that may be offered to the target, if there is one."""
@@ -50,29 +63,46 @@ class KnownSessions:
             # Not earlier: a server of TLS 1.3 sends its tickets behind the handshake.
             self._take(self._latest)
         known = self._known
-        return known if known is not None and known.generation == generation else None
+        if known is None or known.generation != generation:
+            return None
+        return known if self._clock() < known.peer.not_after else None
 
     def opened(self, upstream: Upstream) -> None:
         """Learn of a connection whose peer is verified."""
         self._latest = upstream
+        tls = upstream.transport.get_extra_info("ssl_object")
+        if self._known is not None and not (tls is not None and tls.session_reused):
+            self._forget()  # the target has a new identity, or has had enough of that session
 
     def ended(self, upstream: Upstream) -> None:
         """Learn that a connection is gone; nothing of it is held any more."""
         if upstream is self._latest:
-            self._take(upstream)
+            if not self._take(upstream):
+                self._look_again = self._clock() + _WITHOUT_TICKETS
             self._latest = None
 
     def clear(self) -> None:
         """Forget all: the next handshake is to be a full one."""
-        self._known = self._latest = None
+        self._forget()
+        self._latest = None
 
-    def _take(self, upstream: Upstream) -> None:
+    def _forget(self) -> None:
+        self._known, self._look_again = None, 0.0
+
+    def _take(self, upstream: Upstream) -> bool:
+        """Tell whether there is a session of `upstream`, or need not be one."""
+        now = self._clock()
+        if now < self._look_again:
+            return True
         tls = upstream.transport.get_extra_info("ssl_object")
         peer = upstream.peer
         # What TLS 1.2 resumes is not bound to the whole handshake without an extension (RFC 7627).
         if tls is None or peer is None or tls.version() != "TLSv1.3":
-            return
+            return False
         session = tls.session
         leaf = tls.getpeercert(binary_form=True)
-        if session is not None and session.has_ticket and leaf is not None:
-            self._known = KnownSession(session, leaf_digest(leaf), peer, upstream.generation)
+        if session is None or not session.has_ticket or leaf is None:
+            return False
+        self._known = KnownSession(session, leaf_digest(leaf), peer, upstream.generation)
+        self._look_again = now + session.ticket_lifetime_hint / 2
+        return True
