@@ -62,7 +62,7 @@ def sessions_at(clock: Clock | None = None) -> KnownSessions:
 
 def offered(upstream: Any, generation: int = 1) -> KnownSession | None:
     sessions = sessions_at()
-    sessions.opened(upstream)
+    sessions.opened(upstream, None)
     return sessions.offer(generation)
 
 
@@ -77,7 +77,7 @@ def test_the_session_of_an_open_connection_is_offered_with_whom_it_was_made() ->
 def test_the_session_of_a_connection_outlives_it_and_holds_nothing_of_it() -> None:
     sessions, upstream = sessions_at(), connection(FakeTls())
     assert sessions.offer(1) is None
-    sessions.opened(upstream)
+    sessions.opened(upstream, None)
     sessions.ended(connection(FakeTls(b"another")))
     sessions.ended(upstream)
     assert sessions._latest is None
@@ -122,11 +122,11 @@ def test_what_cannot_be_resumed_is_not_offered(upstream: Any) -> None:
 
 def test_after_a_failure_the_next_handshake_is_a_full_one() -> None:
     sessions = sessions_at()
-    sessions.opened(connection(FakeTls()))
+    sessions.opened(connection(FakeTls()), None)
     assert sessions.offer(1) is not None
     sessions.clear()
     assert sessions.offer(1) is None
-    sessions.opened(connection(FakeTls()))
+    sessions.opened(connection(FakeTls()), None)
     assert sessions.offer(1) is not None, "and its session is taken"
 
 
@@ -134,19 +134,19 @@ def test_a_session_is_copied_once_in_half_of_its_time() -> None:
     clock = Clock()
     sessions = sessions_at(clock)
     first = FakeTls()
-    sessions.opened(connection(first))
+    sessions.opened(connection(first), None)
     known = sessions.offer(1)
     assert known is not None
     for _ in range(3):
         resumed = FakeTls(reused=True)
         upstream = connection(resumed)
-        sessions.opened(upstream)
+        sessions.opened(upstream, known)
         sessions.ended(upstream)
         assert sessions.offer(1) is known
         assert (len(first.copies), resumed.copies) == (1, [])
     clock.now += 300
     later = FakeTls(reused=True)
-    sessions.opened(connection(later))
+    sessions.opened(connection(later), known)
     renewed = sessions.offer(1)
     assert renewed is not None
     assert [renewed.session] == later.copies
@@ -155,24 +155,45 @@ def test_a_session_is_copied_once_in_half_of_its_time() -> None:
 
 def test_a_session_that_the_target_does_not_take_is_forgotten() -> None:
     sessions = sessions_at()
-    sessions.opened(connection(FakeTls()))
+    sessions.opened(connection(FakeTls()), None)
     refused = sessions.offer(1)
-    sessions.opened(connection(FakeTls(ticket=False)))
     assert refused is not None
+    sessions.opened(connection(FakeTls()), None)
+    assert sessions.offer(1) is refused, "to that one nothing was offered"
+    sessions.opened(connection(FakeTls(ticket=False)), refused)
     assert sessions.offer(1) is None
-    sessions.opened(connection(FakeTls(b"new leaf")))
+    sessions.opened(connection(FakeTls(b"new leaf")), None)
     known = sessions.offer(1)
     assert known is not None
     with pytest.raises(ChainRuleBroken, match="another certificate"):
         known.identify(FakeTls(), PEERS)
 
 
+def test_a_target_that_never_takes_its_own_tickets_is_left_alone_for_a_while() -> None:
+    clock = Clock()
+    sessions = sessions_at(clock)
+
+    def connect(*, reused: bool = False) -> int:
+        """Give how often the session was looked at."""
+        offered = sessions.offer(1)
+        tls = FakeTls(reused=reused)
+        upstream = connection(tls)
+        sessions.opened(upstream, offered)
+        sessions.ended(upstream)
+        return len(tls.copies)
+
+    assert [connect() for _ in range(5)] == [1, 1, 0, 0, 0]
+    clock.now += 30
+    assert [connect(), connect(reused=True)] == [1, 0], "once it does, it is as any other"
+    assert [connect() for _ in range(3)] == [1, 0, 0]
+
+
 def test_another_identity_of_ours_has_a_session_of_its_own() -> None:
     sessions = sessions_at()
-    sessions.opened(connection(FakeTls()))
+    sessions.opened(connection(FakeTls()), None)
     assert sessions.offer(1) is not None
     assert sessions.offer(2) is None
-    sessions.opened(connection(FakeTls(), generation=2))
+    sessions.opened(connection(FakeTls(), generation=2), None)
     assert sessions.offer(2) is not None
 
 
@@ -184,7 +205,7 @@ def test_a_target_without_tickets_is_left_alone_for_a_while() -> None:
         """Give how often the session was looked at."""
         tls = FakeTls(ticket=ticket)
         upstream = connection(tls)
-        sessions.opened(upstream)
+        sessions.opened(upstream, None)
         sessions.ended(upstream)
         return len(tls.copies)
 
@@ -200,7 +221,7 @@ def test_a_ticket_that_has_not_come_yet_is_waited_for() -> None:
     sessions = sessions_at()
     tls = FakeTls(ticket=False)
     upstream = connection(tls)
-    sessions.opened(upstream)
+    sessions.opened(upstream, None)
     assert sessions.offer(1) is None, "asked for while the connection is open"
     tls._ticket = True
     sessions.ended(upstream)
@@ -211,7 +232,7 @@ def test_a_session_is_not_offered_once_its_peers_chain_has_expired() -> None:
     """It would be refused, and a request with it; a full handshake shows the chain of today."""
     clock = Clock()
     sessions = sessions_at(clock)
-    sessions.opened(connection(FakeTls()))
+    sessions.opened(connection(FakeTls()), None)
     assert sessions.offer(1) is not None
     clock.now = PEER.not_after
     sessions._latest = None

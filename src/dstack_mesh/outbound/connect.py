@@ -86,7 +86,7 @@ class MeshConnector(Connector):
             raise
         self._count_handshake("ok")
         upstream.admit(peer, snapshot.generation)
-        self._sessions.opened(upstream)
+        self._sessions.opened(upstream, known)
         return upstream
 
     def forgotten(self, upstream: Upstream) -> None:

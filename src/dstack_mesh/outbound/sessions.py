@@ -12,8 +12,8 @@ from dstack_mesh.identity.peers import VerifiedPeers, leaf_digest
 from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.upstream import Upstream
 
-_WITHOUT_TICKETS: Final = 30.0
-"""Seconds for which a target is not looked at for tickets after a connection that brought none."""
+_LEFT_ALONE: Final = 30.0
+"""Seconds without a look at the tickets of a target that gave none, or twice one of no use."""
 
 
 class KnownSession:
@@ -45,10 +45,10 @@ class KnownSessions:
 
     Python gives no session but as a copy, which costs 0.2 ms. So one is used again (RFC 8446 C.4
     would have a new one each time, lest who listens connects the connections: they are from one
-    address to one name anyway), and a target that gives no tickets is left alone for a while.
+    address to one name anyway), and a target whose tickets are of no use is left alone for a while.
     """
 
-    __slots__ = ("_clock", "_known", "_latest", "_look_again")
+    __slots__ = ("_clock", "_known", "_latest", "_look_again", "_refused")
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         """`clock` gives seconds since 1970."""
@@ -56,6 +56,8 @@ class KnownSessions:
         self._latest: Upstream | None = None
         self._known: KnownSession | None = None
         self._look_again = 0.0
+        self._refused = 0
+        """Sessions offered and not resumed, one after the other."""
 
     def offer(self, generation: int) -> KnownSession | None:
         """Give a session that may be offered to the target, if there is one."""
@@ -67,18 +69,24 @@ class KnownSessions:
             return None
         return known if self._clock() < known.peer.not_after else None
 
-    def opened(self, upstream: Upstream) -> None:
-        """Learn of a connection whose peer is verified."""
+    def opened(self, upstream: Upstream, offered: KnownSession | None) -> None:
+        """Learn of a connection whose peer is verified, and to which `offered` was offered."""
         self._latest = upstream
-        tls = upstream.transport.get_extra_info("ssl_object")
-        if self._known is not None and not (tls is not None and tls.session_reused):
+        if offered is None:
+            return
+        if upstream.transport.get_extra_info("ssl_object").session_reused:
+            self._refused = 0
+        elif offered is self._known:
             self._forget()  # the target has a new identity, or has had enough of that session
+            self._refused += 1
+            if self._refused > 1:
+                self._look_again = self._clock() + _LEFT_ALONE
 
     def ended(self, upstream: Upstream) -> None:
         """Learn that a connection is gone; nothing of it is held any more."""
         if upstream is self._latest:
             if not self._take(upstream):
-                self._look_again = self._clock() + _WITHOUT_TICKETS
+                self._look_again = self._clock() + _LEFT_ALONE
             self._latest = None
 
     def clear(self) -> None:
@@ -91,8 +99,9 @@ class KnownSessions:
 
     def _take(self, upstream: Upstream) -> bool:
         """Tell whether there is a session of `upstream`, or need not be one."""
-        now = self._clock()
-        if now < self._look_again:
+        now, known = self._clock(), self._known
+        is_ours = known is None or known.generation == upstream.generation
+        if now < self._look_again and is_ours:
             return True
         tls = upstream.transport.get_extra_info("ssl_object")
         peer = upstream.peer
