@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from dstack_mesh.errors import BadRequest, HeaderTooLarge, UriTooLong
-from dstack_mesh.wire import request
+from dstack_mesh.wire import request, request_line
 from dstack_mesh.wire.framing import Framing
 from dstack_mesh.wire.limits import MAX_FIELDS
 from fuzz.reader import Message, read_requests
@@ -59,7 +59,7 @@ def run(data: bytes) -> None:
     head = data.partition(b"\r\n\r\n")[0] + b"\r\n"
     first, _, block = head.partition(b"\r\n")
     try:
-        line = request.parse_request_line(first)
+        line = request_line.parse_request_line(first)
         fields = request.parse_request_fields(block, line.minor, REMOVE, line.authority)
     except (BadRequest, HeaderTooLarge, UriTooLong) as error:
         assert error.detail.isprintable(), error.detail
@@ -73,7 +73,7 @@ def run(data: bytes) -> None:
 
 
 def _check_meaning(
-    line: request.RequestLine, fields: request.RequestFields, came: Message, passed: Message
+    line: request_line.RequestLine, fields: request.RequestFields, came: Message, passed: Message
 ) -> None:
     """Hold what h11 reads in what goes on against what it reads in what came."""
     assert passed.first == (line.method, line.target)
@@ -131,11 +131,11 @@ def _check_own(own: dict[bytes, bytes], pairs: list[tuple[bytes, bytes]], came: 
 
 
 def _check_again(
-    line: request.RequestLine, fields: request.RequestFields, passed_on: bytes
+    line: request_line.RequestLine, fields: request.RequestFields, passed_on: bytes
 ) -> None:
     """Have the next mesh read it: it understands the same, and passes on the same."""
     first, _, block = passed_on[:-2].partition(b"\r\n")
-    again = request.parse_request_line(first)
+    again = request_line.parse_request_line(first)
     assert (again.method, again.target) == (line.method, line.target)
     assert (again.minor, again.authority) == (1, None)
     if block.count(b"\n") > MAX_FIELDS:

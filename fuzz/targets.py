@@ -13,7 +13,7 @@ WORK = ROOT / "build" / "fuzz"
 FINDINGS = WORK / "findings"
 
 _HEADS = ("wire.take_apart", "wire.usual", "wire.fields", "wire.framing")
-_REQUESTS = ("wire.request", *_HEADS)
+_REQUESTS = ("wire.request_line", "wire.request", *_HEADS)
 _RESPONSES = ("wire.response", "wire.translate", *_HEADS)
 _RELAY = ("relay.downstream", "relay.exchange", "relay.upstream", "wire.body", "wire.translate")
 

@@ -14,7 +14,7 @@ from dstack_mesh.identity import escaped_pem as pem_parser
 from dstack_mesh.identity import extension
 from dstack_mesh.model import AppId, PeerIdentity, TcpAddress
 from dstack_mesh.outbound import target as target_rules
-from dstack_mesh.wire import body, fields, request, translate
+from dstack_mesh.wire import body, fields, request, request_line, translate
 from dstack_mesh.wire.framing import Framing, declared_framing
 from dstack_mesh.wire.take_apart import NormalForm
 from tests.fuzz.faults import Patch, fails, passing_on, replaced
@@ -71,7 +71,7 @@ def test_an_escaped_error_text_is_wanted(monkeypatch: Patch) -> None:
     def tell(*_: Any) -> Any:
         raise BadRequest("what came is \r\n")
 
-    monkeypatch.setattr(request, "parse_request_line", tell)
+    monkeypatch.setattr(request_line, "parse_request_line", tell)
     fails("request_head")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from dstack_mesh.relay.lane import Route
 from dstack_mesh.relay.upstream import Upstream
 from dstack_mesh.wire.limits import MAX_INTERIM_RESPONSES
-from dstack_mesh.wire.request import RequestLine
+from dstack_mesh.wire.request_line import RequestLine
 from dstack_mesh.wire.translate import ResponseRules
 from tests.http.corpus import Message
 from tests.http.response_rows import BOTH, ROWS, Told, one_row, passed_on, read, told

@@ -31,7 +31,7 @@ from dstack_mesh.relay.service import Service
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.sim.kms import ROOT_NAME, Kms
 from dstack_mesh.sim.odd import Kind, impostor_chain
-from dstack_mesh.wire.request import parse_request_line
+from dstack_mesh.wire.request_line import parse_request_line
 
 KMS = Kms.create(b"auth service")
 OURS = snapshot_of(KMS, APP_A)

@@ -23,7 +23,8 @@ from dstack_mesh.relay.listeners import Listeners
 from dstack_mesh.relay.service import Service
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.sim.kms import Kms
-from dstack_mesh.wire.request import RequestLine, parse_request_fields
+from dstack_mesh.wire.request import parse_request_fields
+from dstack_mesh.wire.request_line import RequestLine
 
 KMS = Kms.create(b"listener")
 OURS = snapshot_of(KMS, APP_A)

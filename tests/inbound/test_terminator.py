@@ -32,7 +32,7 @@ from dstack_mesh.relay.pool import Pool
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.sim.kms import Kms
 from dstack_mesh.sim.odd import Kind, impostor_chain
-from dstack_mesh.wire.request import parse_request_line
+from dstack_mesh.wire.request_line import parse_request_line
 
 KMS = Kms.create(b"terminator")
 OURS = snapshot_of(KMS, APP_A)

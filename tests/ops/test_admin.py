@@ -12,7 +12,7 @@ from dstack_mesh.model import Address, TcpAddress, UnixAddress
 from dstack_mesh.ops.admin import Admin, is_loopback
 from dstack_mesh.ops.report import Check, Readiness, WorkerReport
 from dstack_mesh.relay.answers import Answer
-from dstack_mesh.wire.request import parse_request_line
+from dstack_mesh.wire.request_line import parse_request_line
 
 LOOPBACK = TcpAddress("127.0.0.1", 8093)
 

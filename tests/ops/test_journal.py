@@ -18,7 +18,8 @@ from dstack_mesh.policy.decide import Policy
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.tally import PeerTally
 from dstack_mesh.sim.kms import Kms
-from dstack_mesh.wire.request import parse_request_fields, parse_request_line
+from dstack_mesh.wire.request import parse_request_fields
+from dstack_mesh.wire.request_line import parse_request_line
 
 APP, OTHER = "aa" * 20, "bb" * 20
 TARGET = b"x-dstack-target-app"

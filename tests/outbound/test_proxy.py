@@ -29,7 +29,7 @@ from dstack_mesh.relay.lane import Route
 from dstack_mesh.relay.pool import Pool
 from dstack_mesh.relay.worker import Worker
 from dstack_mesh.sim.kms import Kms
-from dstack_mesh.wire.request import parse_request_line
+from dstack_mesh.wire.request_line import parse_request_line
 
 OTHER = "cc" * 20
 INSTANCE = "11" * 20

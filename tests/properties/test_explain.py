@@ -35,7 +35,7 @@ from dstack_mesh.relay.worker import Worker
 from dstack_mesh.settings.load import load_settings
 from dstack_mesh.settings.rules import toml_lines
 from dstack_mesh.sim.kms import Kms
-from dstack_mesh.wire.request import parse_request_line
+from dstack_mesh.wire.request_line import parse_request_line
 
 OURS = snapshot_of(Kms.create(b"explain"), OWN)
 BACKEND = TcpAddress("127.0.0.1", 1)

@@ -28,7 +28,8 @@ from dstack_mesh.relay.answers import find_request_id
 from dstack_mesh.relay.deadlines import Timeouts
 from dstack_mesh.wire.body import ChunkedDecoder
 from dstack_mesh.wire.fields import MalformedError, forwardable_trailers
-from dstack_mesh.wire.request import parse_request_fields, parse_request_line
+from dstack_mesh.wire.request import parse_request_fields
+from dstack_mesh.wire.request_line import parse_request_line
 from dstack_mesh.wire.response import parse_response_fields, parse_status_line
 from dstack_mesh.wire.translate import Response, ResponseRules
 

@@ -19,7 +19,8 @@ from dstack_mesh.relay.service import Service
 from dstack_mesh.relay.stream import StreamProtocol
 from dstack_mesh.relay.upstream import Connector, Upstream
 from dstack_mesh.relay.worker import Worker
-from dstack_mesh.wire.request import RequestLine, parse_request_fields
+from dstack_mesh.wire.request import parse_request_fields
+from dstack_mesh.wire.request_line import RequestLine
 from dstack_mesh.wire.translate import ResponseRules
 
 RULES = ResponseRules(remote_errors=False)

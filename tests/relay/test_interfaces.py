@@ -16,7 +16,8 @@ from dstack_mesh.relay.interfaces import Client, Handler, Listener, Plan
 from dstack_mesh.relay.service import Service
 from dstack_mesh.relay.upstream import Connector, ResponseSink, Upstream, Waiter
 from dstack_mesh.relay.worker import Worker
-from dstack_mesh.wire.request import RequestLine, parse_request_fields
+from dstack_mesh.wire.request import parse_request_fields
+from dstack_mesh.wire.request_line import RequestLine
 
 BASES = [Client, Connector, Handler, Listener, Plan, ResponseSink, Waiter]
 NOTHING: Any = None

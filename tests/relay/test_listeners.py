@@ -18,7 +18,8 @@ from dstack_mesh.relay.lane import Route
 from dstack_mesh.relay.listeners import Listeners, PlainIntake
 from dstack_mesh.relay.service import Service
 from dstack_mesh.relay.worker import Worker
-from dstack_mesh.wire.request import RequestLine, parse_request_fields
+from dstack_mesh.wire.request import parse_request_fields
+from dstack_mesh.wire.request_line import RequestLine
 
 
 class Hello(Handler[Plan]):

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from dstack_mesh.relay.exchange import Exchange
 from dstack_mesh.relay.record import Record
-from dstack_mesh.wire.request import parse_request_fields, parse_request_line
+from dstack_mesh.wire.request import parse_request_fields
+from dstack_mesh.wire.request_line import parse_request_line
 
 
 def test_an_exchange_that_has_just_begun_knows_its_request_and_nothing_else() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from tests.relay.fakes import FakePlan
 
 from dstack_mesh.relay.seen import Seen
-from dstack_mesh.wire.request import parse_request_fields, parse_request_line
+from dstack_mesh.wire.request import parse_request_fields
+from dstack_mesh.wire.request_line import parse_request_line
 
 
 def test_it_holds_the_head_and_what_was_made_of_it() -> None:

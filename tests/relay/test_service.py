@@ -12,7 +12,7 @@ from dstack_mesh.relay.deadlines import NEVER, Timeouts
 from dstack_mesh.relay.service import Recorder, Service
 from dstack_mesh.relay.tally import Tally
 from dstack_mesh.relay.worker import Worker
-from dstack_mesh.wire.request import parse_request_line
+from dstack_mesh.wire.request_line import parse_request_line
 
 
 class FakeConnection:

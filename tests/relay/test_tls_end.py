@@ -158,11 +158,12 @@ def test_an_alert_that_a_reset_follows_is_told_though_a_write_met_the_reset(
     """Few servers wait for what a client sends them after they have refused it."""
 
     async def main(scene: Scene) -> None:
-        refused = threading.Event()
+        judged, refused = threading.Event(), threading.Event()
 
         def refuse() -> None:
             with pytest.raises(ssl.SSLCertVerificationError):
                 scene.peer.connect()
+            judged.set()
             scene.peer.sock.recv(1, socket.MSG_PEEK)  # the request is here, and stays unread
             scene.peer.sock.sendall(scene.peer.goodbye())
             scene.peer.sock.close()
@@ -170,6 +171,7 @@ def test_an_alert_that_a_reset_follows_is_told_though_a_write_met_the_reset(
 
         refusing = asyncio.create_task(scene.peer_does(refuse))
         await scene.open()
+        assert judged.wait(DEADLINE)
         scene.ours.write(b"a request")
         assert refused.wait(DEADLINE), "and our side has read nothing meanwhile"
         scene.ours.write(b"its body")

@@ -35,7 +35,8 @@ from dstack_mesh.relay.answers import Answer, problem
 from dstack_mesh.relay.interfaces import Handler, Plan
 from dstack_mesh.relay.lane import Route
 from dstack_mesh.relay.tally import PeerTallies
-from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
+from dstack_mesh.wire.request import RequestFields, parse_request_fields
+from dstack_mesh.wire.request_line import RequestLine
 
 _CERTIFICATE, _VERDICT, _METHOD, _TARGET = (
     b"x-client-cert",

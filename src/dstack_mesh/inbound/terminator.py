@@ -28,7 +28,8 @@ from dstack_mesh.relay.interfaces import Handler, Plan
 from dstack_mesh.relay.lane import Lane, Route
 from dstack_mesh.relay.pool import Pool
 from dstack_mesh.relay.tally import PeerTallies, PeerTally
-from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
+from dstack_mesh.wire.request import RequestFields, parse_request_fields
+from dstack_mesh.wire.request_line import RequestLine
 from dstack_mesh.wire.translate import ResponseRules
 
 _FORWARDED_FOR = b"x-forwarded-for"

@@ -13,7 +13,8 @@ from dstack_mesh.ops.report import WorkerReport
 from dstack_mesh.relay.answers import Answer, json_answer
 from dstack_mesh.relay.interfaces import Decision, Handler, Plan
 from dstack_mesh.relay.lane import Route
-from dstack_mesh.wire.request import RequestLine, parse_request_fields
+from dstack_mesh.wire.request import parse_request_fields
+from dstack_mesh.wire.request_line import RequestLine
 
 Collect = Callable[[bool], Awaitable[Sequence[WorkerReport]]]
 """Asks every worker process for its report; with True the backend's port is asked too."""

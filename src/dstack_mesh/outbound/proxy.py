@@ -22,7 +22,8 @@ from dstack_mesh.relay.pool import Pool
 from dstack_mesh.relay.tally import PeerTallies, PeerTally, Tally
 from dstack_mesh.relay.tls_client import open_tls
 from dstack_mesh.wire.fields import Field
-from dstack_mesh.wire.request import RequestFields, RequestLine, parse_request_fields
+from dstack_mesh.wire.request import RequestFields, parse_request_fields
+from dstack_mesh.wire.request_line import RequestLine
 from dstack_mesh.wire.translate import ResponseRules
 
 _HEADERS = (b"x-dstack-target-app", b"x-dstack-target-port", b"x-dstack-target-instance")

@@ -7,59 +7,34 @@ Both bodies stream at once. Whoever reads faster than the other side can write i
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine
-
 from dstack_mesh.errors import (
     BadRequest,
-    ConnectTimeout,
     MeshError,
-    ResponseTimeout,
     UpstreamClosed,
     UpstreamProtocolError,
 )
-from dstack_mesh.relay.answers import Answer, problem, settled
 from dstack_mesh.relay.deadlines import NEVER
+from dstack_mesh.relay.ending import Ending
 from dstack_mesh.relay.interfaces import Client
 from dstack_mesh.relay.lane import Route
-from dstack_mesh.relay.record import Record
 from dstack_mesh.relay.upstream import Upstream
 from dstack_mesh.wire.fields import MalformedError
-from dstack_mesh.wire.request import RequestFields, RequestLine
-from dstack_mesh.wire.translate import RequestBody, Response, behind_body
+from dstack_mesh.wire.request import RequestFields
+from dstack_mesh.wire.request_line import RequestLine
+from dstack_mesh.wire.translate import RequestBody, Response
 
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 """RFC 9110 9.2.2."""
 
 
-class Exchange(Record):
+class Exchange(Ending):
     """See the module. Recorded once, when it has ended."""
 
-    __slots__ = (
-        "_body",
-        "_client",
-        "_early",
-        "_response",
-        "_route",
-        "_task",
-        "_waiting",
-        "request_done",
-        "upstream",
-        "worker",
-    )
+    __slots__ = ("_body",)
 
     def __init__(self, client: Client, line: RequestLine, fields: RequestFields) -> None:
-        self.worker = client.worker
-        super().__init__(line, fields, self.worker.clock())
-        self._client = client
-        self.request_done = not fields.has_body
-        self.upstream: Upstream | None = None
-        self._route: Route
-        self._response: Response | None = None
+        super().__init__(client, line, fields)
         self._body: RequestBody | None = None
-        self._early = b""
-        self._waiting = False
-        self._task: asyncio.Task[None] | None = None
 
     @property
     def handler(self) -> object:
@@ -189,13 +164,6 @@ class Exchange(Record):
         elif self.request_done:
             self._request_ended()
 
-    def _may_persist(self) -> bool:
-        return (
-            self.request_done
-            and self.fields.persists(self.line.minor)
-            and self._client.may_persist()
-        )
-
     def _tunnel(self) -> None:
         assert self.upstream is not None  # noqa: S101 - its 101 has just come
         kept = self._client.begin_tunnel()
@@ -237,78 +205,7 @@ class Exchange(Record):
             and self.line.method in _IDEMPOTENT
         )
 
-    # The end.
-
-    def answer(self, answer: Answer, rest: bytes = b"") -> None:
-        """Answer from the mesh itself; `rest` is what was read of the body, where there is one."""
-        if not self.request_done and self._response is None:
-            # A body that is here whole: refusing it need not cost the client its connection.
-            beyond = behind_body(self.fields, self._early + rest)
-            if beyond is not None:
-                self.request_done = True
-                if beyond:
-                    self._client.keep_for_later(beyond)
-        self.status, self.code = answer.status, answer.code
-        self.detail, self.request_id = answer.detail, answer.request_id
-        keep = self._may_persist()
-        if not keep:
-            connection = b"Connection: close\r\n"
-        elif self.line.minor == 0:
-            connection = b"Connection: keep-alive\r\n"
-        else:
-            connection = b""
-        out = answer.render(self.line.method, connection)
-        self.bytes_down += len(out)
-        self._client.write(out)
-        self._end(keep=keep)
-
-    def answer_later(self, answer: Coroutine[None, None, Answer], rest: bytes = b"") -> None:
-        """Answer with what `answer` gives, for what cannot be told at once; `rest`: see above."""
-        if not self.request_done:
-            self._early = rest
-
-        async def wait() -> None:
-            given = await settled(answer, self.fields.request_id.decode("latin-1"))
-            if given is not None and not self.ended:
-                self.answer(given)
-            elif not self.ended:
-                self._cut()
-
-        self._task = self.worker.loop.create_task(wait())
-
-    def fail(self, error: MeshError) -> None:
-        """Answer with `error`, or cut the connection where an answer is no longer possible."""
-        if self.status:
-            self.code, self.detail = error.code, error.detail
-            self._cut()
-            return
-        self._drop_upstream()
-        self.answer(problem(error, self.fields.request_id.decode("latin-1")))
-
-    def timed_out(self) -> None:
-        """Fail for want of a connection, or of a response."""
-        if self._waiting:
-            seconds = self.worker.timeouts.connect
-            self.fail(
-                ConnectTimeout(
-                    f"no connection became free within {seconds:g} s (MESH_CONNECT_TIMEOUT)"
-                )
-            )
-            return
-        seconds = self.worker.timeouts.response
-        self.fail(
-            ResponseTimeout(
-                f"no response began within {seconds:g} s of the request's end "
-                "(MESH_RESPONSE_TIMEOUT)"
-            )
-        )
-
-    def client_lost(self) -> None:
-        """Let go of everything: the client's connection is gone."""
-        if not self.ended:
-            # What it sent last through a tunnel is still on its way.
-            self._drop_upstream(flush=self._response is not None and self._response.switched)
-            self._end(keep=False)
+    # Flow.
 
     def client_writable(self, writable: bool) -> None:
         """Pause or resume the response's source."""
@@ -325,36 +222,8 @@ class Exchange(Record):
         else:
             self._client.pause_reading()
 
-    def _finish(self, response: Response) -> None:
-        upstream, self.upstream = self.upstream, None
-        if upstream is not None:
-            upstream.exchange = None
-            if response.keep_upstream and self.request_done:
-                if not self._client.writable:
-                    upstream.transport.resume_reading()
-                self.finished = self.worker.clock()
-                self._route.lane.release(upstream, self.finished)
-            else:
-                upstream.transport.abort()
-        self._end(keep=response.keep_client)
+    # The end.
 
-    def _cut(self) -> None:
-        self._drop_upstream()
-        self._client.cut()
-        self._end(keep=False)
-
-    def _drop_upstream(self, *, flush: bool = False) -> None:
-        upstream, self.upstream = self.upstream, None
-        if upstream is not None:
-            upstream.exchange = None
-            if flush:
-                upstream.close()
-            else:
-                upstream.transport.abort()
-
-    def _end(self, *, keep: bool) -> None:
-        if not self.ended:
-            self.ended = True
-            if not self.finished:
-                self.finished = self.worker.clock()
-            self._client.exchange_ended(self, keep)
+    def ended_with(self, keep: bool) -> None:
+        """See `Ending`."""
+        self._client.exchange_ended(self, keep)

@@ -16,7 +16,8 @@ from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.lane import Route
 from dstack_mesh.relay.stream import StreamProtocol
 from dstack_mesh.relay.worker import Worker
-from dstack_mesh.wire.request import RequestFields, RequestLine
+from dstack_mesh.wire.request import RequestFields
+from dstack_mesh.wire.request_line import RequestLine
 
 if TYPE_CHECKING:
     from dstack_mesh.relay.exchange import Exchange

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dstack_mesh.model import PeerIdentity
 from dstack_mesh.relay.lane import Lane
 from dstack_mesh.relay.upstream import ResponseSink
-from dstack_mesh.wire.request import RequestFields, RequestLine
+from dstack_mesh.wire.request import RequestFields
+from dstack_mesh.wire.request_line import RequestLine
 
 
 class Record(ResponseSink):

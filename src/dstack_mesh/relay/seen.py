@@ -6,7 +6,7 @@ from typing import Generic
 
 from dstack_mesh.relay.interfaces import P
 from dstack_mesh.relay.lane import Route
-from dstack_mesh.wire.request import RequestLine
+from dstack_mesh.wire.request_line import RequestLine
 
 
 class Seen(Generic[P]):
