@@ -31,7 +31,7 @@ from dstack_mesh.sim.messages import Answer
 from dstack_mesh.sim.world import World, WorldError
 
 GROWTH = 1024.0
-"""KB a minute, of one sidecar, from which on memory counts as growing."""
+"""KB that one sidecar may gain in the second half of the run: the longer, the slower the leak."""
 
 RISE = 10.0
 """Open files, threads or tasks more in the last quarter than in the second: they pile up."""
@@ -88,7 +88,8 @@ class Side:
     def grows(self) -> bool:
         """Tell whether memory grew, where there is time enough to tell."""
         half = self._second_half()
-        return half[-1].seconds - half[0].seconds >= JUDGED_SECONDS and self.slope() > GROWTH
+        seconds = half[-1].seconds - half[0].seconds
+        return seconds >= JUDGED_SECONDS and self.slope() * seconds / 60 > GROWTH
 
     def rise(self, what: str) -> float:
         """Give by how much the usual number of files, threads or tasks is more at the end."""

@@ -142,8 +142,10 @@ BAD = Counts(requests=1_000, failures=2, drops=1, echoes=9, events=9, reasons=["
 @pytest.mark.parametrize(
     ("counts", "one", "said"),
     [
-        (FINE, side(1_000), []),
-        (FINE, side(1_100), ["memory of a grows by 1100 KB a minute"]),
+        (FINE, side(200), []),
+        (FINE, side(210), ["memory of a grows by 210 KB a minute"]),
+        (FINE, side(60, minutes=30), []),
+        (FINE, side(70, minutes=30), ["memory of a grows by 70 KB a minute"]),
         (FINE, side(9_000, minutes=1), []),
         (FINE, side(0, piling=0.1), []),
         (FINE, side(0, piling=0.2), ["files of a rise by 12", "tasks of a rise by 12"]),
