@@ -59,8 +59,9 @@ class FakeTls:
 
 
 def connection(tls: FakeTls | None, peer: PeerIdentity | None = PEER, generation: int = 1) -> Any:
+    """Make one that has carried an exchange."""
     transport = SimpleNamespace(get_extra_info=lambda name: tls)
-    return SimpleNamespace(transport=transport, peer=peer, generation=generation)
+    return SimpleNamespace(transport=transport, peer=peer, generation=generation, reused=True)
 
 
 class Clock:
@@ -231,13 +232,24 @@ def test_a_target_without_tickets_is_left_alone_for_a_while() -> None:
     assert sessions.offer(1) is not None
 
 
-def test_a_ticket_that_has_not_come_yet_is_waited_for() -> None:
+def test_a_connection_that_has_carried_nothing_yet_is_not_looked_at() -> None:
+    """Its ticket may still be on the way, and others are opened at the same time."""
     sessions = sessions_at()
-    tls = FakeTls(ticket=False)
+    tls = FakeTls()
     upstream = connection(tls)
+    upstream.reused = False
     sessions.opened(upstream, None)
-    assert sessions.offer(1) is None, "asked for while the connection is open"
-    tls._ticket = True
+    assert sessions.offer(1) is None
+    assert tls.copies == []
+    upstream.reused = True
+    assert sessions.offer(1) is not None
+
+
+def test_a_connection_of_one_exchange_leaves_its_session() -> None:
+    sessions = sessions_at()
+    upstream = connection(FakeTls())
+    upstream.reused = False
+    sessions.opened(upstream, None)
     sessions.ended(upstream)
     assert sessions.offer(1) is not None
 

@@ -100,8 +100,9 @@ class KnownSessions:
 
     def offer(self, generation: int) -> KnownSession | None:
         """Give a session that may be offered to the target, if there is one."""
-        if self._latest is not None:
-            # Not earlier: a server of TLS 1.3 sends its tickets behind the handshake.
+        if self._latest is not None and self._latest.reused:
+            # Not earlier: a server of TLS 1.3 sends its tickets behind the handshake, so they are
+            # sure to be here only with a response.
             self._take(self._latest)
         known = self._known
         if known is None or known.generation != generation:
