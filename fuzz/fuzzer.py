@@ -37,7 +37,7 @@ def fuzz(target: Target, *, runs: int, seconds: int, seed: int) -> Outcome:
     for made in (folder, FINDINGS, CORPUS / target.name):
         made.mkdir(parents=True, exist_ok=True)
     _plant(target, folder)
-    before = set(FINDINGS.iterdir())
+    before = set(FINDINGS.glob(f"{target.name}-*"))  # others may be at work beside this
     command = [
         *(sys.executable, "-m", "fuzz.child", target.name),
         *(str(folder), str(CORPUS / target.name)),
@@ -69,7 +69,7 @@ def fuzz(target: Target, *, runs: int, seconds: int, seed: int) -> Outcome:
     failed = process.returncode != 0
     if failed:
         print("".join(_worth_showing(text)), flush=True)
-    findings = sorted(set(FINDINGS.iterdir()) - before)
+    findings = sorted(set(FINDINGS.glob(f"{target.name}-*")) - before)
     executed = _executed.search(text)
     executions = int(executed[1]) if executed else 0
     return Outcome(executions, round(executions / seconds_taken), findings, failed)

@@ -76,7 +76,7 @@ def test_a_network_is_cut_and_comes_back(stack: Stack, service: str) -> None:
     docker("network", "disconnect", network, stack.container(service))
     try:
         # What was pooled has no route any more, or nobody answers; TCP may need its time to tell.
-        answer = stack.call(options="-m 15")
+        answer = stack.call(options="-m 5")
         assert answer.status in (0, 502, 504), answer
         codes = {"tls_failed", "connect_failed", "connect_timeout", "upstream_closed"}
         assert answer.status == 0 or answer.error in codes, answer
