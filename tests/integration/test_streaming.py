@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import socket
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from dstack_mesh.sim.backend import Backend
 from dstack_mesh.sim.messages import Answer as SimAnswer
 from dstack_mesh.sim.messages import Request, Response
 from dstack_mesh.sim.world import World
-from tests.integration.harness import Client, Mesh, Wire, mesh_before, problem, request
+from tests.integration.harness import Client, Mesh, Wire, mesh, mesh_before, problem, request
 from tests.integration.processes import SidecarProcess, sidecar_process
 
 MIB = 1024 * 1024
@@ -300,3 +301,43 @@ async def test_a_slow_reader_gets_everything(pair: Mesh) -> None:
                 data += piece
     body = bytes(data).partition(b"\r\n\r\n")[2]
     assert body == b"".join(pieces(size))
+
+
+@contextlib.contextmanager
+def refusing_backend() -> Iterator[str]:
+    """Listen as a server that answers 413 to a head, and closes with the body unread: a reset."""
+    answer = (
+        b"HTTP/1.1 413 Content Too Large\r\nConnection: close\r\nContent-Length: 8\r\n\r\ntoo much"
+    )
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                received = b""
+                while b"\r\n\r\n" not in received and (data := connection.recv(4096)):
+                    received += data
+                connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield "{}:{}".format(*listener.getsockname())
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
+
+
+async def test_an_early_answer_is_not_lost_to_the_reset_behind_it(tmp_path: Path) -> None:
+    """The rest of the body meets the reset, often before the answer was read."""
+    with refusing_backend() as address:
+        async with mesh(tmp_path) as one:
+            await one.start("a", backend=False)
+            await one.start("b", MESH_BACKEND=address)
+            for _ in range(20):
+                answer = await one.call("a", "b", "POST", body=b"x" * 3_000_000)
+                assert (answer.status, answer.body) == (413, b"too much"), answer
