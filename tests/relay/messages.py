@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
+
+from dstack_mesh.relay.answers import Answer
+from dstack_mesh.wire.request_line import RequestLine
 
 GET = b"GET /%b HTTP/1.1\r\nHost: a\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -22,3 +26,17 @@ def problem(data: bytes) -> tuple[int, str]:
     assert b"x-dstack-mesh-error: " + said["code"].encode() + b"\r\n" in head
     assert head.startswith(b"HTTP/1.1 %d " % said["status"])
     return said["status"], said["code"]
+
+
+def echo(line: RequestLine) -> Answer:
+    return Answer(200, line.method + b" " + line.target, "text/plain")
+
+
+def bodies(data: bytes) -> list[bytes]:
+    """Give the bodies of answers of our own."""
+    return [part.partition(b"\r\n\r\n")[2] for part in data.split(b"HTTP/1.1 ")[1:]]
+
+
+def pieces(data: bytes, where: list[int]) -> list[bytes]:
+    edges = [0, *sorted(i % (len(data) + 1) for i in where), len(data)]
+    return [data[a:b] for a, b in pairwise(edges)]

@@ -5,32 +5,16 @@ import contextlib
 import socket
 import struct
 from collections.abc import AsyncIterator
-from itertools import pairwise
 
 import pytest
 from tests.integration.harness import eventually
 from tests.relay.fakes import TIMEOUTS, FakeTransport, Rig, rig
-from tests.relay.messages import GET, MEBIBYTE, OK, SWITCH, UPGRADE, problem
+from tests.relay.messages import GET, MEBIBYTE, OK, SWITCH, UPGRADE, bodies, echo, problem
 
 from dstack_mesh.errors import MeshError
 from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.deadlines import NEVER, Timeouts
 from dstack_mesh.wire.request_line import RequestLine
-
-
-def echo(line: RequestLine) -> Answer:
-    return Answer(200, line.method + b" " + line.target, "text/plain")
-
-
-def bodies(data: bytes) -> list[bytes]:
-    """Give the bodies of answers of our own."""
-    return [part.partition(b"\r\n\r\n")[2] for part in data.split(b"HTTP/1.1 ")[1:]]
-
-
-def pieces(data: bytes, where: list[int]) -> list[bytes]:
-    edges = [0, *sorted(i % (len(data) + 1) for i in where), len(data)]
-    return [data[a:b] for a, b in pairwise(edges)]
-
 
 # The limit on connections.
 

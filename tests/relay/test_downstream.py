@@ -2,37 +2,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.relay.fakes import TIMEOUTS, FakePlan, rig
-from tests.relay.messages import GET, OK, POST, problem
+from tests.relay.messages import GET, OK, POST, bodies, echo, pieces, problem
 
 from dstack_mesh.relay import downstream
-from dstack_mesh.relay.answers import Answer
 from dstack_mesh.relay.deadlines import NEVER
 from dstack_mesh.relay.interfaces import Decision
 from dstack_mesh.relay.lane import Route
 from dstack_mesh.wire.fields import has_bare_lf
 from dstack_mesh.wire.limits import MAX_FIELDS, MAX_HEAD_BYTES, MAX_REQUEST_TARGET_BYTES
 from dstack_mesh.wire.request_line import RequestLine, parse_request_line
-
-
-def echo(line: RequestLine) -> Answer:
-    return Answer(200, line.method + b" " + line.target, "text/plain")
-
-
-def bodies(data: bytes) -> list[bytes]:
-    """Give the bodies of answers of our own."""
-    return [part.partition(b"\r\n\r\n")[2] for part in data.split(b"HTTP/1.1 ")[1:]]
-
-
-def pieces(data: bytes, where: list[int]) -> list[bytes]:
-    edges = [0, *sorted(i % (len(data) + 1) for i in where), len(data)]
-    return [data[a:b] for a, b in pairwise(edges)]
-
 
 # What comes again.
 
