@@ -2,7 +2,7 @@
 
 Two sidecars as processes of their own, each with a simulated guest agent; between them the
 simulator's gateway, and behind the second a backend. Exit status 1 where a request failed, a
-connection was dropped, memory grew, or nothing was renewed.
+connection was dropped, memory grew, files, threads or tasks piled up, or nothing was renewed.
 """
 
 from __future__ import annotations

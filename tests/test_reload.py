@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from dstack_mesh.identity.source import SourceError
 from dstack_mesh.ops import logs
-from dstack_mesh.ops.logs import LineHandler
 from dstack_mesh.policy.allow import Allow
 from dstack_mesh.policy.current import Current
 from dstack_mesh.policy.decide import Policy
@@ -22,6 +21,8 @@ from dstack_mesh.settings.load import Loaded, load_settings
 from dstack_mesh.settings.rules import TABLES
 from dstack_mesh.settings.schema import SCHEMA
 from dstack_mesh.settings.tree import Settings
+
+pytestmark = pytest.mark.usefixtures("logging_as_before")
 
 APP = "3f" * 20
 
@@ -65,19 +66,6 @@ class File:
 @pytest.fixture
 def file(tmp_path: Path) -> File:
     return File(tmp_path / "mesh.toml")
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging() -> Iterator[None]:
-    ours, root = logging.getLogger("dstack_mesh"), logging.getLogger()
-    levels = ours.level, root.level
-    yield
-    for handler in root.handlers[:]:
-        if isinstance(handler, LineHandler):
-            root.removeHandler(handler)
-    ours.setLevel(levels[0])
-    root.setLevel(levels[1])
-    logging.captureWarnings(capture=False)
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[tuple[str, dict[str, object]]]:

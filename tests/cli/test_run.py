@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +9,6 @@ import pytest
 
 import dstack_mesh
 from dstack_mesh.cli import main
-from dstack_mesh.ops.logs import LineHandler
 from dstack_mesh.settings.load import Loaded
 
 
@@ -29,19 +26,11 @@ class App(ModuleType):
 
 
 @pytest.fixture
-def app(monkeypatch: pytest.MonkeyPatch) -> Iterator[App]:
-    root, ours = logging.getLogger(), logging.getLogger("dstack_mesh")
-    levels = root.level, ours.level
+def app(monkeypatch: pytest.MonkeyPatch, logging_as_before: None) -> App:
     found = App()
     monkeypatch.setitem(sys.modules, "dstack_mesh.app", found)
     monkeypatch.setattr(dstack_mesh, "app", found, raising=False)
-    yield found
-    for handler in root.handlers[:]:
-        if isinstance(handler, LineHandler):
-            root.removeHandler(handler)
-    root.setLevel(levels[0])
-    ours.setLevel(levels[1])
-    logging.captureWarnings(capture=False)
+    return found
 
 
 @pytest.mark.parametrize("status", [0, 1, 130])

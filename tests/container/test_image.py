@@ -113,9 +113,12 @@ def test_older_environment_names(image: str, name: str, key: str) -> None:
     assert told[key]["value"] == "some.host:8080"
 
 
-@pytest.mark.parametrize("command", [["bash", "-c", "exit 0"], ["dstack-mesh", "version"]])
-def test_other_programs(image: str, command: list[str]) -> None:
-    docker("run", "--rm", image, *command)
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [(["bash", "-c", "echo $((6 * 7))"], "42"), (["dstack-mesh", "version"], "0.1")],
+)
+def test_other_programs(image: str, command: list[str], said: str) -> None:
+    assert said in docker("run", "--rm", image, *command)
 
 
 def test_wrong_settings_end_it_in_one_line(image: str) -> None:

@@ -262,6 +262,18 @@ async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> No
         await asyncio.sleep(0.005)
 
 
+async def nobody_listens(address: TcpAddress, seconds: float = 8.0) -> None:
+    """Wait until connections to `address` are refused."""
+    async with asyncio.timeout(seconds):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection(address.host, address.port)
+            except ConnectionRefusedError:
+                return
+            writer.transport.abort()
+            await asyncio.sleep(0.01)
+
+
 def tcp(text: str | None) -> TcpAddress:
     assert text is not None
     host, _, port = text.rpartition(":")

@@ -18,7 +18,15 @@ import pytest
 from dstack_mesh.model import TcpAddress
 from dstack_mesh.sim.backend import Backend
 from dstack_mesh.sim.messages import Request, Response
-from tests.integration.harness import Answer, Client, Mesh, eventually, mesh, request
+from tests.integration.harness import (
+    Answer,
+    Client,
+    Mesh,
+    eventually,
+    mesh,
+    nobody_listens,
+    request,
+)
 from tests.integration.processes import SidecarProcess, sidecar_process
 from tests.integration.tls_peers import caller_context
 
@@ -104,18 +112,6 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
         yield one
 
 
-async def _refused(address: TcpAddress) -> None:
-    """Wait until nobody listens on `address`."""
-    async with asyncio.timeout(_PROMPT):
-        while True:
-            try:
-                _, writer = await asyncio.open_connection(address.host, address.port)
-            except ConnectionRefusedError:
-                return
-            writer.transport.abort()
-            await asyncio.sleep(0.01)
-
-
 async def _ended(client: Client) -> bytes:
     async with asyncio.timeout(_PROMPT):
         return await client.closed()
@@ -149,7 +145,7 @@ async def test_what_is_in_flight_finishes_and_nothing_new_comes_in(site: Site) -
         assert all(check["ok"] for check in checks.values()), "and for no other reason"
         assert (await site.ask("/livez")).status == 200
         assert await _ended(idle) == b""
-        await _refused(site.inbound)
+        await nobody_listens(site.inbound)
         # The application still needs the mesh to answer what it was asked.
         await local.send(site.to_a("/echo"))
         assert (await local.answer()).status == 200
@@ -179,7 +175,7 @@ async def test_what_is_in_flight_finishes_and_nothing_new_comes_in(site: Site) -
     assert not site.ready_file.exists()
     assert site.events()[-1] == "stopped"
     assert "drain_timeout" not in site.events()
-    await _refused(site.outbound)
+    await nobody_listens(site.outbound)
 
 
 async def test_outbound_finishes_its_own_when_inbound_is_done(site: Site) -> None:
@@ -189,7 +185,7 @@ async def test_outbound_finishes_its_own_when_inbound_is_done(site: Site) -> Non
         await client.send(site.to_a("/wait"))
         await eventually(lambda: len(site.mesh.backends["a"].requests) == 2)
         site.target.signal(signal.SIGTERM)
-        await _refused(site.outbound)
+        await nobody_listens(site.outbound)
         assert await _ended(idle) == b""
         assert "draining" in await site.draining()
         site.release.set()

@@ -21,7 +21,16 @@ from dstack_mesh.model import TcpAddress
 from dstack_mesh.sim.backend import Backend
 from dstack_mesh.sim.kms import Kms
 from dstack_mesh.sim.messages import Request, Response
-from tests.integration.harness import Answer, Client, Mesh, eventually, mesh, problem, request
+from tests.integration.harness import (
+    Answer,
+    Client,
+    Mesh,
+    eventually,
+    mesh,
+    nobody_listens,
+    problem,
+    request,
+)
 from tests.integration.load import Counted, Load
 from tests.integration.processes import (
     COMMAND,
@@ -140,18 +149,6 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 async def _ended(client: Client) -> bytes:
     async with asyncio.timeout(_PROMPT):
         return await client.closed()
-
-
-async def _refused(address: TcpAddress) -> None:
-    """Wait until nobody listens on `address`."""
-    async with asyncio.timeout(_PROMPT):
-        while True:
-            try:
-                _, writer = await asyncio.open_connection(address.host, address.port)
-            except ConnectionRefusedError:
-                return
-            writer.transport.abort()
-            await asyncio.sleep(0.01)
 
 
 # One sidecar to everybody.
@@ -397,7 +394,7 @@ async def test_all_finish_what_is_in_flight(
 
         checks = await site.ready(False)
         assert checks["draining"]["reason"] == "the mesh is stopping"
-        await _refused(site.inbound)
+        await nobody_listens(site.inbound)
         # The application still needs the mesh to answer what it was asked.
         for _ in range(8):
             async with Client.connect(site.outbound) as local:
@@ -411,7 +408,7 @@ async def test_all_finish_what_is_in_flight(
             assert await _ended(client) == b""
     assert await site.target.exit_status() == status
     assert not any(map(is_there, workers))
-    await _refused(site.outbound)
+    await nobody_listens(site.outbound)
     assert len(site.events("stopped")) == 2
     assert not site.events("worker_died")
 
@@ -444,7 +441,7 @@ async def test_a_signal_to_the_whole_group_still_drains(tmp_path: Path) -> None:
         await eventually(lambda: len(site.events("draining")) == 2)
         site.target.signal(signal.SIGTERM)  # which the supervisor passes on
         await site.ready(False)
-        await _refused(site.inbound)
+        await nobody_listens(site.inbound)
         assert site.target.process.returncode is None
         site.release.set()
         assert (await client.answer()).body == b"waited\n"
@@ -504,7 +501,7 @@ async def test_without_a_supervisor_they_end_by_themselves(site: Site) -> None:
         site.target.signal(signal.SIGKILL)
         assert await site.target.exit_status() == -9
         for listener in ("inbound", "outbound", "admin"):
-            await _refused(site.target.address(listener))
+            await nobody_listens(site.target.address(listener))
         site.release.set()
         assert (await client.answer()).body == b"waited\n"
     await eventually(lambda: not any(map(is_there, workers)))

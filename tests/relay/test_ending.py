@@ -162,15 +162,16 @@ async def test_a_refusal_names_the_request() -> None:
         assert not one.client.is_closing()
 
 
+async def later(ready: asyncio.Event) -> Answer:
+    await ready.wait()
+    return Answer(200, b"text", "text/plain")
+
+
 async def test_an_answer_that_takes_its_time() -> None:
     ready = asyncio.Event()
 
-    async def later() -> Answer:
-        await ready.wait()
-        return Answer(200, b"text", "text/plain")
-
     async with rig() as one:
-        one.handler.decide = lambda _: later()
+        one.handler.decide = lambda _: later(ready)
         one.client.receive(GET % b"1")
         one.client.receive(GET % b"2")
         await one.turn()
@@ -183,12 +184,8 @@ async def test_an_answer_that_takes_its_time() -> None:
 async def test_an_answer_that_takes_its_time_to_a_request_with_a_body() -> None:
     ready = asyncio.Event()
 
-    async def later() -> Answer:
-        await ready.wait()
-        return Answer(200, b"text", "text/plain")
-
     async with rig() as one:
-        one.handler.decide = lambda _: later()
+        one.handler.decide = lambda _: later(ready)
         one.client.receive(POST % len(MEBIBYTE))
         one.client.receive(MEBIBYTE)
         await one.turn()
@@ -203,13 +200,9 @@ async def test_an_answer_that_takes_its_time_to_a_request_with_a_body() -> None:
 async def test_a_body_before_a_late_answer_is_never_read_as_a_request(cut: int) -> None:
     ready = asyncio.Event()
 
-    async def later() -> Answer:
-        await ready.wait()
-        return Answer(200, b"later", "text/plain")
-
     async with rig() as one:
         one.handler.decide = lambda line: (
-            later() if line.target == b"/" else Answer(200, line.target, "text/plain")
+            later(ready) if line.target == b"/" else Answer(200, line.target, "text/plain")
         )
         data = b"abcdef" + GET % b"next"
         one.client.receive(POST % 6 + data[:cut])
@@ -224,12 +217,8 @@ async def test_a_body_before_a_late_answer_is_never_read_as_a_request(cut: int) 
 async def test_an_answer_to_a_client_that_is_gone() -> None:
     ready = asyncio.Event()
 
-    async def later() -> Answer:
-        await ready.wait()
-        return Answer(200, b"text", "text/plain")
-
     async with rig() as one:
-        one.handler.decide = lambda _: later()
+        one.handler.decide = lambda _: later(ready)
         one.client.receive(GET % b"1")
         await one.turn()
         one.client.break_off()

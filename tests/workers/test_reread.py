@@ -1,27 +1,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from dstack_mesh.ops.logs import LineHandler
 from dstack_mesh.settings.load import load_settings
 from dstack_mesh.workers.reread import Reread
 
-
-@pytest.fixture(autouse=True)
-def _restore_logging() -> Iterator[None]:
-    ours, root = logging.getLogger("dstack_mesh"), logging.getLogger()
-    levels = ours.level, root.level
-    yield
-    for handler in root.handlers[:]:
-        if isinstance(handler, LineHandler):
-            root.removeHandler(handler)
-    ours.setLevel(levels[0])
-    root.setLevel(levels[1])
-    logging.captureWarnings(capture=False)
+pytestmark = pytest.mark.usefixtures("logging_as_before")
 
 
 def reread(path: Path, text: str = "") -> Reread:

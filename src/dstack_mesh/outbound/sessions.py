@@ -58,7 +58,7 @@ class Copies:
 
     def __init__(self, most: int | None) -> None:
         """`most` is None where there is no limit."""
-        self._left = most
+        self._most = self._left = most
 
     def take(self) -> bool:
         """Tell whether there is one left, and use it."""
@@ -68,7 +68,7 @@ class Copies:
             return False
         self._left -= 1
         if self._left == 0:
-            event(log, logging.INFO, "sessions_no_longer_resumed", copies=MOST_COPIES)
+            event(log, logging.INFO, "sessions_no_longer_resumed", copies=self._most)
         return True
 
 
