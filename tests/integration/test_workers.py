@@ -342,6 +342,7 @@ async def test_a_siblings_requests_go_on(site: Site) -> None:
         alive = [one for one in found if isinstance(one, Answer)]
         assert {one.body for one in alive} == {b"waited\n"}
         assert 0 < len(alive) < len(clients)
+    await site.ready()
 
 
 async def test_who_waits_to_be_accepted_is_not_lost(site: Site) -> None:
@@ -358,6 +359,7 @@ async def test_who_waits_to_be_accepted_is_not_lost(site: Site) -> None:
         for client in clients:
             assert (await client.answer()).status in (200, 503), "503: no identity yet"
     assert not {*victims} & {*site.workers()}
+    await site.ready()  # or their first calls would still be on the way when the gateway ends
 
 
 async def test_one_that_cannot_start_is_retried_with_growing_pauses(site: Site) -> None:
